@@ -1,0 +1,81 @@
+"""What a model is, before anything is attached: its facts, what it would save, what fits it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vistoken import registry
+from vistoken.attachment import attachments, core_model
+from vistoken.contract import ModelFacts
+from vistoken.report import CallRecord, Report
+
+_TEXT_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Facts about a supported model.
+
+    `methods` are the names that can be attached; `attached` those that are; `savings` maps a
+    number of kept tokens to the estimated report of a prefill of one image and 64 text tokens.
+    """
+
+    host: str
+    title: str
+    facts: ModelFacts
+    places: tuple[str, ...]
+    signals: tuple[str, ...]
+    methods: tuple[str, ...]
+    attached: tuple[str, ...]
+    savings: dict[int, dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        facts = self.facts
+        rows, columns = facts.grid
+        lines = [
+            f"{self.title}: {facts.visual_tokens} visual tokens a picture ({rows} x {columns}), "
+            f"vision tower of {facts.vision_layers} layers (features after layer "
+            f"{facts.feature_layer}), LLM of {facts.text_layers} layers",
+            f"methods   {', '.join(self.methods)}",
+            f"attached  {', '.join(self.attached) or 'nothing'}",
+            f"prefill of one picture and {_TEXT_TOKENS} text tokens:",
+        ]
+        for keep, row in self.savings.items():
+            saved = 1 - row["flops"] / row["flops_dense"]
+            cache = 1 - row["kv_bytes"] / row["kv_bytes_dense"]
+            lines.append(f"  {keep:>4} tokens   FLOPs -{saved:.1%}   KV cache -{cache:.1%}")
+        return "\n".join(lines)
+
+
+def inspect(model: Any) -> Inspection:
+    """Return what vistoken sees in `model`; raises `ModelNotSupported` for an unknown one."""
+    core = core_model(model)
+    host = registry.recognise(core)
+    facts = host.facts
+    budgets = [facts.visual_tokens // share for share in (3, 9, 18)]
+    return Inspection(
+        host=host.name,
+        title=host.title,
+        facts=facts,
+        places=tuple(sorted(place.value for place in host.places)),
+        signals=tuple(sorted(signal.value for signal in host.signals)),
+        methods=tuple(row.name for row in registry.list_methods() if host.name in row.hosts),
+        attached=tuple(str(m) for held in attachments(core) for m in held.methods),
+        savings={keep: _estimate(facts, keep) for keep in budgets},
+    )
+
+
+def _estimate(facts: ModelFacts, keep: int) -> dict[str, Any]:
+    import torch
+
+    total = facts.visual_tokens
+    tower = (total + facts.prefix_tokens,) * facts.vision_layers
+    kept = torch.arange(keep)[None]
+    dense, short = total + _TEXT_TOKENS, keep + _TEXT_TOKENS
+    report = Report(CallRecord(1, 1, dense, short, kept, tower, total, 2), facts).to_dict()
+    return {key: report[key] for key in ("flops", "flops_dense", "kv_bytes", "kv_bytes_dense")}
