@@ -1,0 +1,278 @@
+"""The lifecycle matrix: every listed method on every listed host, by being listed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+import vistoken
+from hosts import HOSTS, OPTIONS, HostCase
+from vistoken.registry import method_class, method_names
+
+pytest.importorskip("transformers")
+
+NEW = 6
+
+
+def _cases() -> list[Any]:
+    listed = {row.name: row.hosts for row in vistoken.list_methods("pruning")}
+    return [
+        pytest.param(host, name, id=f"{host.name}-{name}")
+        for host in HOSTS
+        for name in method_names("pruning")
+        if host.name in listed[name]
+    ]
+
+
+pytestmark = pytest.mark.parametrize(("host", "name"), _cases())
+
+
+def method(name: str, **budget: Any) -> vistoken.Method:
+    return method_class(name).from_options({**OPTIONS.get(name, {}), **budget})
+
+
+def generate(model: Any, inputs: dict[str, torch.Tensor], **more: Any) -> torch.Tensor:
+    return model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **more)
+
+
+def snapshot(model: Any) -> dict[str, Any]:
+    """Everything that undo must put back: objects, classes, attributes, hooks, flags, config."""
+    state: dict[str, Any] = {"config": model.config.to_dict()}
+    for path, module in model.named_modules():
+        held = {
+            key: dict(value) if isinstance(value, dict) else value
+            for key, value in module.__dict__.items()
+            if not key.startswith("_parameters") and not key.startswith("_buffers")
+        }
+        state[path] = (id(module), type(module), module.training, held)
+    for key, value in model.named_parameters():
+        state["parameter " + key] = (id(value), value.requires_grad)
+    return state
+
+
+def test_detach_restores_everything(host: HostCase, name: str) -> None:
+    model = host.build()
+    inputs = host.one(0)
+    dense = model(**inputs).logits
+    before = snapshot(model)
+    for _ in range(2):
+        attachment = vistoken.attach(model, method(name, keep=host.keep))
+        changed = model(**inputs).logits
+        assert changed.shape[1] == dense.shape[1] - host.tokens + host.keep
+        assert attachment.detach() is model
+        assert snapshot(model) == before
+        assert torch.equal(model(**inputs).logits, dense)
+    assert attachment.detach() is model  # a second time does nothing
+    assert snapshot(model) == before
+
+
+def test_context_manager_survives_an_exception(host: HostCase, name: str) -> None:
+    model = host.build()
+    inputs = host.one(0)
+    dense = generate(model, inputs)
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt), vistoken.attach(model, method(name, keep=host.keep)):
+        generate(model, inputs)
+        raise KeyboardInterrupt
+    assert snapshot(model) == before
+    assert torch.equal(generate(model, inputs), dense)
+
+
+def test_neutral_budget_is_identity(host: HostCase, name: str) -> None:
+    model = host.build()
+    inputs = host.one(0)
+    dense, tokens = model(**inputs).logits, generate(model, inputs)
+    for budget in ({"ratio": 0.0}, {"keep": host.tokens}, {"keep": 10 * host.tokens}):
+        with vistoken.attach(model, method(name, **budget)) as attachment:
+            assert torch.equal(model(**inputs).logits, dense)
+            assert torch.equal(generate(model, inputs), tokens)
+            report = attachment.report()
+        assert report.tokens_out == [host.tokens]
+        assert report.kept[0].tolist() == list(range(host.tokens))
+        assert report.flops == report.flops_dense
+
+
+def test_kept_count_is_what_enters_the_llm(host: HostCase, name: str) -> None:
+    model = host.build()
+    inputs = host.one(1)
+    long = inputs["input_ids"].shape[1]
+    lengths: list[int] = []
+    layer = model.get_decoder().layers[0]
+    with vistoken.attach(model, method(name, keep=host.keep)) as attachment:
+        handle = layer.register_forward_pre_hook(
+            lambda module, args: lengths.append(args[0].shape[1])
+        )
+        sequences = generate(model, inputs)
+        handle.remove()
+        report = attachment.report()
+    assert lengths[0] == long - host.tokens + host.keep
+    assert lengths[1:] == [1] * (len(lengths) - 1)
+    kept = report.kept[0]
+    assert kept.dtype == torch.int64
+    assert len(kept) == host.keep == report.tokens_out[0]
+    assert bool((kept[1:] > kept[:-1]).all())
+    assert int(kept.min()) >= 0 and int(kept.max()) < host.tokens
+    assert report.tokens_in == [host.tokens]
+    assert set(report.layer_tokens) == {host.keep}
+    assert torch.equal(sequences[:, :long], inputs["input_ids"])
+
+
+def test_deepcopy_is_independent(host: HostCase, name: str) -> None:
+    model = host.build()
+    inputs = host.one(0)
+    dense = generate(model, inputs)
+    vistoken.attach(model, method(name, keep=host.keep))
+    pruned = generate(model, inputs)
+    twin = copy.deepcopy(model)
+    assert torch.equal(generate(twin, inputs), pruned)
+    vistoken.detach(twin)
+    assert torch.equal(generate(twin, inputs), dense)
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert torch.equal(generate(model, inputs), pruned)
+    vistoken.detach(model)
+    assert torch.equal(generate(model, inputs), dense)
+
+
+def test_pickle_round_trip(host: HostCase, name: str) -> None:
+    model = host.build()
+    inputs = host.one(0)
+    vistoken.attach(model, method(name, keep=host.keep))
+    again = pickle.loads(pickle.dumps(model))  # before the first call: transformers' own
+    assert torch.equal(generate(again, inputs), generate(model, inputs))  # hooks do not pickle
+    vistoken.detach(again)
+    vistoken.detach(model)
+    assert type(again) is type(model)
+    assert torch.equal(generate(again, inputs), generate(model, inputs))
+
+
+def test_left_padded_batch_equals_single_calls(host: HostCase, name: str) -> None:
+    model = host.build()
+    together, singles = host.many()
+    with vistoken.attach(model, method(name, keep=host.keep)) as attachment:
+        all_rows = generate(model, together)
+        kept = attachment.report().kept
+        image = 0
+        for row, single in enumerate(singles):
+            alone = generate(model, single)
+            assert torch.equal(all_rows[row, -NEW:], alone[0, -NEW:]), f"row {row}"
+            for own in attachment.report().kept:
+                assert torch.equal(own, kept[image])
+                image += 1
+    assert image == len(kept)
+
+
+def test_two_pictures_in_a_row_leave_no_trace(host: HostCase, name: str) -> None:
+    model = host.build()
+    first, second = host.one(1), host.one(2)
+    with vistoken.attach(model, method(name, keep=host.keep)):
+        alone = generate(model, second)
+    with vistoken.attach(model, method(name, keep=host.keep)):
+        generate(model, first)
+        assert torch.equal(generate(model, second), alone)
+
+
+def test_beams_and_samples(host: HostCase, name: str) -> None:
+    model = host.build()
+    inputs = host.one(0)
+    long = inputs["input_ids"].shape[1]
+    with vistoken.attach(model, method(name, keep=host.keep)) as attachment:
+        beams = generate(model, inputs, num_beams=3, num_return_sequences=2)
+        assert beams.shape[0] == 2
+        assert torch.equal(beams[:, :long], inputs["input_ids"].expand(2, long))
+        assert attachment.report().tokens_out == [host.keep]
+        torch.manual_seed(0)
+        one = model.generate(**inputs, max_new_tokens=NEW, do_sample=True)
+        torch.manual_seed(0)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=NEW, do_sample=True), one)
+
+
+def test_threads_do_not_mix(host: HostCase, name: str) -> None:
+    model = host.build()
+    inputs = [host.one(seed) for seed in range(4)]
+    with vistoken.attach(model, method(name, keep=host.keep)):
+        alone = [generate(model, each) for each in inputs]
+        found: list[Any] = [None] * len(inputs)
+
+        def work(index: int) -> None:
+            for _ in range(3):
+                found[index] = generate(model, inputs[index])
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for own, other in zip(alone, found, strict=True):
+        assert torch.equal(own, other)
+
+
+def test_an_exception_in_the_tower_leaves_the_next_call_clean(host: HostCase, name: str) -> None:
+    model = host.build()
+    inputs = host.one(0)
+    with vistoken.attach(model, method(name, keep=host.keep)):
+        expected = generate(model, inputs)
+
+        def fail(module: Any, args: Any) -> None:
+            raise RuntimeError("planned")
+
+        handle = model.get_decoder().layers[-1].register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="planned"):
+            generate(model, inputs)
+        handle.remove()
+        assert torch.equal(generate(model, inputs), expected)
+
+
+def test_attention_backends_choose_alike(host: HostCase, name: str) -> None:
+    model = host.build()
+    inputs = host.one(3)
+    with vistoken.attach(model, method(name, keep=host.keep)) as attachment:
+        fused = generate(model, inputs)
+        kept = attachment.report().kept[0]
+        model.set_attn_implementation("eager")
+        assert torch.equal(generate(model, inputs), fused)
+        assert torch.equal(attachment.report().kept[0], kept)
+
+
+def test_recipe_round_trip(host: HostCase, name: str, tmp_path: Any) -> None:
+    model = host.build()
+    inputs = host.one(0)
+    with vistoken.attach(model, method(name, keep=host.keep)) as attachment:
+        expected = generate(model, inputs)
+        attachment.save(tmp_path / "recipe.json")
+    with vistoken.attach(model, tmp_path / "recipe.json") as again:
+        assert again.methods == attachment.methods
+        assert torch.equal(generate(model, inputs), expected)
+
+
+def test_gradients_reach_the_kept_tokens(host: HostCase, name: str) -> None:
+    model = host.build().train()
+    inputs = host.one(0)
+    labels = inputs["input_ids"].clone()
+    with vistoken.attach(model, method(name, keep=host.keep)):
+        model.gradient_checkpointing_enable()
+        checkpointed = model(**inputs, labels=labels, use_cache=False).loss
+        model.gradient_checkpointing_disable()
+        plain = model(**inputs, labels=labels, use_cache=False).loss
+        assert torch.allclose(checkpointed, plain)
+        checkpointed.backward()
+    weight = model.model.multi_modal_projector.linear_1.weight
+    assert weight.grad is not None and bool(weight.grad.abs().sum() > 0)
+
+
+def test_compiled_forward_equals_eager(host: HostCase, name: str) -> None:
+    model = host.build()
+    inputs = host.one(0)
+    with vistoken.attach(model, method(name, keep=host.keep)) as attachment, torch.no_grad():
+        eager = model(**inputs).logits
+        kept = attachment.report().kept[0]
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager")
+        assert torch.allclose(compiled(**inputs).logits, eager, atol=1e-5)
+        assert torch.equal(attachment.report().kept[0], kept)
+    torch._dynamo.reset()
