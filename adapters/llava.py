@@ -56,7 +56,7 @@ class LlavaHost(VisionLanguageHost):
     )
 
     def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
+        self.model = model
         for path in _PARTS:
             _look_up(model, path)
         config = self.model.config

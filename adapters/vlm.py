@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -188,22 +188,20 @@ class Pipeline:
         total = host.facts.visual_tokens
         layout = prompt.read_layout(placeholders, images, total, attention_mask)
         features, call = self._encode(pixel_values)
-        plan = prompt.shorten(layout, call.origin.to(placeholders.device), pad_left=pad_left)
-
+        device = features.device  # the caller may have left the prompt on the CPU
+        plan = prompt.shorten(layout, call.origin, pad_left=pad_left)
         if inputs_embeds is None:
-            assert input_ids is not None
-            embedding = host.model.get_input_embeddings()
-            embeds = embedding(plan.take(input_ids, int(host.image_token_id)))
+            ids = plan.take(_on(device, input_ids), host.image_token_id)
+            embeds = _on(device, host.model.get_input_embeddings()(ids))
         else:
-            embeds = gather_tokens(inputs_embeds, plan.index)
-        embeds = embeds.index_put(
-            (plan.visual_rows, plan.visual_columns), features.to(embeds.device, embeds.dtype)
-        )
-        mask = torch.ones_like(placeholders, dtype=torch.long)
-        if attention_mask is not None:
-            mask = attention_mask
+            embeds = gather_tokens(_on(device, inputs_embeds), plan.index)
+        visual = (plan.visual_rows, plan.visual_columns)
+        embeds = embeds.index_put(visual, features.to(embeds.dtype))
+        mask = _on(device, attention_mask)
+        if mask is None:
+            mask = torch.ones(layout.rows, layout.length, dtype=torch.long, device=device)
         short_mask = plan.take(mask, 0)
-        positions = self._positions(plan, mask, short_mask, position_ids)
+        positions = self._positions(plan, mask, short_mask, _on(device, position_ids))
         self._note_short(call, layout, plan)
         return ShortPrompt(embeds, short_mask, positions, plan)
 
@@ -278,4 +276,9 @@ class Pipeline:
 
     def _write(self, record: CallRecord) -> None:
         for entry in self.entries:
-            entry.ledger.write(replace(record))
+            entry.ledger.write(record)
+
+
+def _on(device: torch.device, tensor: Any) -> Any:
+    """The tensor, or None, on `device`, without waiting for it."""
+    return None if tensor is None else tensor.to(device, non_blocking=True)

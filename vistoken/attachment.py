@@ -32,7 +32,7 @@ class Attachment:
         self.methods = methods
         self.stages: dict[Stage, Method] = {}
         self._edits = Edits()
-        self._ledger = Ledger(host.facts)
+        self._ledger = Ledger()
 
     def report(self) -> Report:
         """Return tokens, FLOPs and KV bytes of the last call, dense and as it ran."""
@@ -80,8 +80,9 @@ def _stack(model: nn.Module) -> list[Attachment]:
     return model.__dict__.get(_STACK, [])
 
 
-def core_model(model: Any) -> nn.Module:
+def core_model(model: Any) -> Any:
     """Return the module to edit: inside PEFT the base model, else the model itself."""
+    given: Any = model
     if not isinstance(model, nn.Module):
         raise AttachError(f"Expected a torch.nn.Module, got {type(model).__name__}.")
     names = {cls.__name__ for cls in type(model).__mro__}
@@ -96,7 +97,7 @@ def core_model(model: Any) -> nn.Module:
             "it (the original is model.module)."
         )
     if "PeftModel" in names:
-        return core_model(model.get_base_model())
+        return core_model(given.get_base_model())
     return model
 
 

@@ -173,7 +173,7 @@ class Host(ABC):
     signals: ClassVar[frozenset[Signal]]
     places: ClassVar[frozenset[Place]]
 
-    model: nn.Module
+    model: Any  # a module whose attributes the host knows and the type checker does not
     facts: ModelFacts
 
     @abstractmethod

@@ -114,14 +114,14 @@ class Mixed:
 
 
 def _rebuild(mixins: tuple[type, ...], bare: type) -> Any:
-    cls = bare
+    cls: Any = bare
     for mixin in reversed(mixins):
         cls = _mixed(mixin, cls)
     return cls.__new__(cls)
 
 
 @cache
-def _mixed(mixin: type, bare: type) -> type:
+def _mixed(mixin: Any, bare: Any) -> type:
     """The class `bare` with `mixin` in front, under the name of `bare`.
 
     The name and module stay, because libraries look models up by them; pickling goes through
@@ -175,7 +175,9 @@ class Edits:
                     f"{type(module).__name__}.{name} was replaced on the instance by other code, "
                     "which would hide the edit; undo that first."
                 )
-        module.__class__ = _mixed(mixin, type(module))
+        front: Any = mixin
+        bare: Any = type(module)
+        module.__class__ = _mixed(front, bare)
         self._journal.append(_ClassEdit(module, mixin))
 
     def check(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from vistoken import registry
 from vistoken.attachment import attachments, core_model
 from vistoken.contract import ModelFacts
@@ -71,8 +73,6 @@ def inspect(model: Any) -> Inspection:
 
 
 def _estimate(facts: ModelFacts, keep: int) -> dict[str, Any]:
-    import torch
-
     total = facts.visual_tokens
     tower = (total + facts.prefix_tokens,) * facts.vision_layers
     kept = torch.arange(keep)[None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vistoken.contract import ModelFacts
@@ -28,14 +29,12 @@ class CallRecord:
     tower_tokens: tuple[int, ...]
     projected: int
     itemsize: int
-    notes: tuple[str, ...] = ()
 
 
 class Ledger:
     """Holds the record of the last call of one attachment."""
 
-    def __init__(self, facts: ModelFacts) -> None:
-        self.facts = facts
+    def __init__(self) -> None:
         self.last: CallRecord | None = None
 
     def write(self, record: CallRecord) -> None:
@@ -54,8 +53,6 @@ class Report:
     """
 
     def __init__(self, call: CallRecord, facts: ModelFacts) -> None:
-        import torch
-
         total = facts.visual_tokens
         if call.kept is None:
             self.kept = [torch.arange(total) for _ in range(call.images)]
@@ -64,7 +61,6 @@ class Report:
         self.tokens_in = [total] * call.images
         self.tokens_out = [len(kept) for kept in self.kept]
         self.layer_tokens = [sum(self.tokens_out)] * facts.text_layers
-        self.notes = list(call.notes)
         self.host = facts.host
 
         text, vision = facts.text, facts.vision
@@ -94,7 +90,6 @@ class Report:
             "flops_dense": self.flops_dense,
             "kv_bytes": self.kv_bytes,
             "kv_bytes_dense": self.kv_bytes_dense,
-            "notes": self.notes,
         }
 
     def __str__(self) -> str:
@@ -105,7 +100,7 @@ class Report:
             _row("KV cache", self.kv_bytes_dense, self.kv_bytes, _bytes),
         ]
         lines = [f"{name:<14} {value:<26} {change}".rstrip() for name, value, change in rows]
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+        return "\n".join(lines)
 
     __repr__ = __str__
 
