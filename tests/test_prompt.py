@@ -1,0 +1,274 @@
+"""Shortening a prompt against Python lists, over odd batches."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from vistoken.errors import DataError
+from vistoken.prompt import Shortening, positions_from_mask, read_layout, shorten
+
+PAD, IMAGE = 0, 9
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch as lists: ids and mask [B, L], what each image keeps, whether the mask is given."""
+
+    ids: list[list[int]]
+    mask: list[list[int]]
+    tokens: int
+    kept: list[list[int]]
+    masked: bool = True
+
+    @property
+    def images(self) -> int:
+        return sum(row.count(IMAGE) for row in self.ids) // self.tokens
+
+    def plan(self, pad_left: bool) -> Shortening:
+        mask = torch.tensor(self.mask) if self.masked else None
+        layout = read_layout(torch.tensor(self.ids) == IMAGE, self.images, self.tokens, mask)
+        return shorten(layout, torch.tensor(self.kept), pad_left=pad_left)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The short prompt as lists; a slot of None is padding, otherwise the long column."""
+
+    image_rows: list[int]
+    columns: list[list[int]]
+    slots: list[list[int | None]]
+    landed: list[list[tuple[int, int]]]  # (row, short column) of the kept tokens of each image
+    removed: list[list[int]]
+
+
+def oracle(prompts: Prompts, pad_left: bool) -> Expected:
+    """Walk over the columns of every row, one by one."""
+    image_rows: list[int] = []
+    columns: list[list[int]] = []
+    kept_columns: list[list[int]] = []
+    removed, slots = [], []
+    open_image: list[int] = []
+    dropped: set[tuple[int, int]] = set()
+    for r, row in enumerate(prompts.ids):
+        for c, token in enumerate(row):
+            if token != IMAGE:
+                continue
+            open_image.append(c)
+            if len(open_image) == prompts.tokens:
+                keep = prompts.kept[len(columns)]
+                dropped |= {(r, c) for i, c in enumerate(open_image) if i not in keep}
+                kept_columns.append([open_image[i] for i in keep])
+                image_rows.append(r)
+                columns.append(open_image)
+                open_image = []
+    for r, row in enumerate(prompts.ids):
+        on = [c for c, bit in enumerate(prompts.mask[r]) if bit and prompts.masked]
+        first, last = (on[0], on[-1]) if on else (0, len(row) - 1)
+        gone, counts, left = 0, [], []
+        for c in range(len(row)):
+            gone += (r, c) in dropped
+            counts.append(gone)
+            if (r, c) not in dropped and first <= c <= last:
+                left.append(c)
+        removed.append(counts)
+        slots.append(left)
+    longest = max(map(len, slots))
+    padded: list[list[int | None]] = []
+    for left in slots:
+        padding = [None] * (longest - len(left))
+        padded.append([*padding, *left] if pad_left else [*left, *padding])
+    landed = [
+        [(r, padded[r].index(c)) for c in kept]
+        for r, kept in zip(image_rows, kept_columns, strict=True)
+    ]
+    return Expected(image_rows, columns, padded, landed, removed)
+
+
+def make(draw: random.Random) -> Prompts:
+    """A random batch: 1-5 rows of 0-3 images, padded on the left, on the right or on both sides."""
+    tokens = draw.choice([1, 2, 5, 9])
+    rows = []
+    for _ in range(draw.randint(1, 5)):
+        row = [draw.randint(1, 8) for _ in range(draw.choice([0, 1, 3]))]
+        for _ in range(draw.choice([0, 1, 1, 2, 3])):
+            row += [IMAGE] * tokens + [draw.randint(1, 8) for _ in range(draw.choice([0, 0, 1, 4]))]
+        rows.append(row or [1])
+    if not any(IMAGE in row for row in rows):
+        rows[0] = [IMAGE] * tokens
+    length = max(map(len, rows)) + draw.choice([0, 0, 2])
+    ids, mask = [], []
+    for row in rows:
+        before = draw.choice([0, length - len(row), draw.randint(0, length - len(row))])
+        after = length - len(row) - before
+        ids.append([PAD] * before + row + [PAD] * after)
+        inside = [int(0 < i < len(row) - 1 and draw.random() < 0.1) for i in range(len(row))]
+        mask.append([0] * before + [1 - hidden for hidden in inside] + [0] * after)
+    keep = draw.choice([1, tokens, draw.randint(1, tokens)])
+    images = sum(row.count(IMAGE) for row in rows) // tokens
+    kept = [sorted(draw.sample(range(tokens), keep)) for _ in range(images)]
+    return Prompts(ids, mask, tokens, kept, draw.random() < 0.7)
+
+
+def mistakes(prompts: Prompts, plan: Shortening, pad_left: bool) -> list[str]:
+    """The parts of a plan that differ from the oracle."""
+    expected = oracle(prompts, pad_left)
+    slots = expected.slots
+    rows = [[r for r, _ in image] for image in expected.landed]
+    landed = [[c for _, c in image] for image in expected.landed]
+    mask = [
+        [0 if c is None else row[c] for c in own]
+        for row, own in zip(prompts.mask, slots, strict=True)
+    ]
+    ids = [
+        [PAD if c is None else row[c] for c in own]
+        for row, own in zip(prompts.ids, slots, strict=True)
+    ]
+    checks = {
+        "rows": list(plan.layout.image_rows) == expected.image_rows,
+        "columns": plan.layout.columns.tolist() == expected.columns,
+        "counts": plan.layout.images_per_row
+        == [expected.image_rows.count(r) for r in range(len(prompts.ids))],
+        "length": plan.length == len(slots[0]),
+        "index": plan.index.tolist() == [[c or 0 for c in own] for own in slots],
+        "padding": plan.padding.tolist() == [[c is None for c in own] for own in slots],
+        "visual rows": plan.visual_rows.tolist() == rows,
+        "visual columns": plan.visual_columns.tolist() == landed,
+        "removed": plan.removed.tolist() == expected.removed,
+        "ids": plan.take(torch.tensor(prompts.ids), PAD).tolist() == ids,
+        "mask": plan.take(torch.tensor(prompts.mask), 0).tolist() == mask,
+    }
+    return [name for name, right in checks.items() if not right]
+
+
+@pytest.mark.parametrize("pad_left", [True, False])
+def test_shorten_equals_the_walk_over_lists(pad_left: bool) -> None:
+    draw = random.Random(pad_left)
+    for _ in range(250):
+        prompts = make(draw)
+        assert not mistakes(prompts, prompts.plan(pad_left), pad_left), prompts
+
+
+def test_a_wrong_plan_would_be_seen() -> None:
+    """Padding on the other side, other tokens kept, padding taken for text."""
+    draw = random.Random(3)
+    other_side = other_tokens = no_mask = 0
+    for _ in range(150):
+        prompts = make(draw)
+        other_side += bool(mistakes(prompts, prompts.plan(False), True))
+        no_mask += bool(mistakes(prompts, replace(prompts, masked=False).plan(True), True))
+        shifted = [sorted((i + 1) % prompts.tokens for i in kept) for kept in prompts.kept]
+        wrong = replace(prompts, kept=shifted)
+        other_tokens += bool(mistakes(prompts, wrong.plan(True), True))
+    assert min(other_side, other_tokens, no_mask) > 25
+
+
+def test_a_batch_written_out() -> None:
+    """Two rows of one image with 3 tokens each, the second one left-padded; token 1 is dropped."""
+    ids = torch.tensor([[5, 9, 9, 9, 6, 7], [0, 0, 9, 9, 9, 8]])
+    kept = torch.tensor([[0, 2], [0, 2]])
+    plan = shorten(read_layout(ids == IMAGE, 2, 3, ids != PAD), kept)
+    assert plan.take(ids, PAD).tolist() == [[5, 9, 9, 6, 7], [0, 0, 9, 9, 8]]
+    assert plan.padding.tolist() == [[False] * 5, [True, True, False, False, False]]
+    assert plan.visual_columns.tolist() == [[1, 2], [2, 3]]
+    assert plan.removed.tolist() == [[0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]]
+    right = shorten(read_layout(ids == IMAGE, 2, 3, ids != PAD), kept, pad_left=False)
+    assert right.take(ids, PAD).tolist() == [[5, 9, 9, 6, 7], [9, 9, 8, 0, 0]]
+    assert right.visual_columns.tolist() == [[1, 2], [0, 1]]
+
+
+def test_rows_with_fewer_images_end_up_longest() -> None:
+    """Equal long rows; the row with two images loses more, so it is the one that is padded."""
+    ids = torch.tensor([[9, 9, 9, 9], [9, 9, 4, 5]])
+    layout = read_layout(ids == IMAGE, 3, 2)
+    kept = torch.tensor([[1], [0], [1]])
+    assert shorten(layout, kept).take(ids, PAD).tolist() == [[0, 9, 9], [9, 4, 5]]
+    right = shorten(layout, kept, pad_left=False)
+    assert right.take(ids, PAD).tolist() == [[9, 9, 0], [9, 4, 5]]
+    assert right.index.tolist() == [[1, 2, 0], [1, 2, 3]]
+
+
+def test_take_keeps_the_dtype_and_fills() -> None:
+    ids = torch.tensor([[9, 9, 9, 9], [9, 9, 4, 5]])
+    plan = shorten(read_layout(ids == IMAGE, 3, 2), torch.tensor([[1], [0], [1]]))
+    for values in (ids, ids.int(), ids.float(), ids > 4):
+        assert plan.take(values, 0).dtype == values.dtype
+        assert plan.take(values, 1)[0, 0] == 1
+
+
+def test_prompts_without_any_image_stay_as_they_are() -> None:
+    ids = torch.tensor([[1, 2, 3], [0, 4, 5]])
+    layout = read_layout(ids == IMAGE, 0, 4)
+    assert layout.images_per_row == [0, 0] and layout.columns.shape == (0, 4)
+    plan = shorten(layout, torch.zeros(0, 2, dtype=torch.long))
+    assert torch.equal(plan.take(ids, PAD), ids)
+    assert plan.visual_rows.shape == plan.visual_columns.shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "mask", [[0, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 1, 1], [1, 1, 0, 0]], ids=str
+)
+def test_an_image_that_the_mask_hides_is_shortened_too(mask: list[int]) -> None:
+    """Masking an image out is a way to ask what it contributes; the bare model answers."""
+    for kept, pad_left in itertools.product(([0, 1], [1], [2]), (True, False)):
+        ids = torch.tensor([[9, 9, 9, 5], [4, 9, 9, 9]])
+        layout = read_layout(ids == IMAGE, 2, 3, torch.tensor([mask, [1, 1, 1, 1]]))
+        both = torch.tensor([kept, kept])
+        plan = shorten(layout, both, pad_left=pad_left)
+        taken = plan.index[plan.visual_rows, plan.visual_columns]
+        assert torch.equal(taken, layout.columns.gather(1, both))
+        assert not plan.padding[plan.visual_rows, plan.visual_columns].any()
+        assert (plan.take(ids, PAD) == IMAGE).sum(1).tolist() == [len(kept)] * 2
+
+
+def test_words_between_the_placeholders_of_an_image_stay() -> None:
+    ids = torch.tensor([[9, 5, 9, 6, 9, 7]])
+    plan = shorten(read_layout(ids == IMAGE, 1, 3), torch.tensor([[2]]))
+    assert plan.take(ids, PAD).tolist() == [[5, 6, 9, 7]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "images", "words"),
+    [
+        ([[1, 2, 3]], 1, r"holds 0 .*\[0\] per row.*1 image\(s\) of 4.*need 4"),
+        ([[9, 9, 9, 9]], 0, "holds 4 .*need 0"),
+        ([[9, 9, 9, 9]], 2, "holds 4 .*need 8"),
+        ([[9, 9, 9]], 1, "holds 3 .*need 4"),
+        ([[9, 9, 9, 9, 9]], 1, "holds 5 .*need 4"),
+        ([[9, 1, 1, 1], [9, 9, 9, 9]], 2, r"holds 5 .*\[1, 4\]"),
+        ([[9, 9, 1], [1, 9, 9]], 1, "two rows"),
+        ([[9, 9, 9, 9, 9], [9, 9, 9, 1, 1]], 2, "two rows"),
+    ],
+)
+def test_counts_that_do_not_match_are_refused(
+    ids: list[list[int]], images: int, words: str
+) -> None:
+    with pytest.raises(DataError, match=words):
+        read_layout(torch.tensor(ids) == IMAGE, images, 4)
+
+
+def positions(row: list[int]) -> list[int]:
+    seen, result = 0, []
+    for on in row:
+        result.append(seen if on else 0)
+        seen += bool(on)
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool, torch.float32])
+def test_positions_count_the_columns_that_are_on(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    masks: list[Tensor] = [
+        torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 1]]),
+        *(torch.randint(0, 2, (3, n), generator=draw) for n in (1, 2, 17)),
+        torch.zeros(2, 0),
+    ]
+    for mask in masks:
+        found = positions_from_mask(mask.to(dtype))
+        assert found.dtype == torch.int64
+        assert found.tolist() == [positions(row) for row in mask.tolist()]
