@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from vistoken.adapters.vlm import VisionLanguageHost
 
+from vistoken.adapters.vlm import VisionLanguageHost
 from vistoken.contract import ModelFacts, Signal
 from vistoken.cost import TransformerShape
 from vistoken.errors import AttachError, DataError, ModelNotSupported

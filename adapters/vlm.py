@@ -19,6 +19,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from vistoken import prompt
 from vistoken.adapters.vlm_tower import (
     ATTENTION_SIGNALS,
     DropAfterLayer,
@@ -28,8 +30,6 @@ from vistoken.adapters.vlm_tower import (
     TowerCall,
     current_call,
 )
-
-from vistoken import prompt
 from vistoken.contract import Host, Place, Signal, Stage
 from vistoken.edits import Edits
 from vistoken.errors import AttachError, DataError
@@ -246,7 +246,7 @@ class Pipeline:
             return plan.take(long, 0)
         if given is None:
             return prompt.positions_from_mask(short_mask)
-        return plan.take(long - plan.removed, 0)
+        return plan.renumber(long)
 
     @property
     def _dense_length(self) -> int:

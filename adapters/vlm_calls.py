@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vistoken.adapters.vlm import PIPELINE, Pipeline, ShortPrompt
 
+from vistoken.adapters.vlm import PIPELINE, Pipeline, ShortPrompt
 from vistoken.edits import Mixed
 from vistoken.errors import AttachError
 
@@ -50,7 +50,8 @@ class CachedPrompt:
         """Describe a short prompt."""
         plan = short.shortening
         original = pipeline.positions == "original"
-        return cls(plan.layout.length, short.attention_mask, plan.removed[:, -1], original)
+        removed = plan.removed.to(plan.index.device, non_blocking=True)
+        return cls(plan.layout.length, short.attention_mask, removed, original)
 
     def repeated(self, rows: int) -> CachedPrompt:
         """The same for a cache whose rows were repeated (beams, several questions a picture)."""

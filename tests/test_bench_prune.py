@@ -21,7 +21,6 @@ from vistoken.eval import bench_checks, bench_prune, results  # noqa: E402
 from vistoken.eval import bench_prune_tables as tables  # noqa: E402
 from vistoken.eval.bench_checks import Variant, compare_with_oracle, count_flops  # noqa: E402
 from vistoken.eval.bench_models import (  # noqa: E402
-    SIZES,
     borders,
     build_llava,
     find_size,
@@ -32,6 +31,8 @@ from vistoken.eval.timing import CheckFailed, quiet_heap  # noqa: E402
 
 CPU = torch.device("cpu")
 FEW = replace(SMOKE, variants=(VARIANTS[0], Variant("random")), keeps=(12,), repeats=2)
+LEAST = {"warmup": 0, "repeats": 1, "rotation": 1, "decode_steps": 1, "generate_repeats": 1}
+ONE = replace(FEW, batches=(1,), new_tokens=1, **LEAST)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -226,7 +227,7 @@ def test_a_failed_row_has_its_reason_and_no_time(monkeypatch: Any) -> None:
         raise CheckFailed("wrong [1, 2]")
 
     monkeypatch.setattr(bench_prune, "compare_with_oracle", refuse)
-    result = bench_prune.run(replace(FEW, batches=(1,), variants=FEW.variants[1:]), CPU, str)
+    result = bench_prune.run(replace(ONE, variants=FEW.variants[1:]), CPU, str)
     (row,) = [row for row in result.rows if row["method"]]
     assert row["failed"] == "wrong [1, 2]" and "ms" not in row
     assert any("wrong [1, 2]" in line for line in tables.failures(result))
@@ -246,7 +247,7 @@ class Leaves(Variant):
 
 
 def test_an_undo_that_is_not_exact_is_found() -> None:
-    result = bench_prune.run(replace(FEW, batches=(1,), variants=(Leaves("uniform"),)), CPU, str)
+    result = bench_prune.run(replace(ONE, variants=(Leaves("uniform"),)), CPU, str)
     assert tables.failures(result) == [
         "after detach the dense logits differ from those before the run"
     ]
@@ -343,21 +344,34 @@ def test_the_command_writes_json_and_leaves_the_real_results_alone(
     path = results.default_path("bench_prune")
     before = path.read_bytes() if path.exists() else None
     out, copy = tmp_path / "out.json", tmp_path / "copy.json"
-    monkeypatch.setattr(bench_prune, "SMOKE", replace(FEW, batches=(1,)))
-    found = invoke("--smoke", "--methods", "uniform", "--out", str(out), "--json", str(copy))
+    monkeypatch.setattr(bench_prune, "SMOKE", ONE)
+    found = invoke("--smoke", "--methods", "holov", "--out", str(out), "--json", str(copy))
     assert found.exit_code == 0, found.output
     assert out.read_text() == copy.read_text()
-    assert results.load(out, "bench_prune").settings["methods"] == ["uniform"]
+    modes = ["holov (paper)", "holov (released)", "holov (paper-2d)"]
+    assert results.load(out, "bench_prune").settings["methods"] == modes
     assert (path.read_bytes() if path.exists() else None) == before
     last = found.stdout.rstrip().rpartition("prefill and decode")[2]
-    assert "dense" in last and "holov" not in last  # the compact table comes last
+    assert modes[0] in last and modes[1] not in last  # the compact table comes last
 
 
-def test_json_on_standard_output_is_nothing_but_json(monkeypatch: Any) -> None:
-    monkeypatch.setattr(bench_prune, "SMOKE", replace(FEW, batches=(1,)))
-    found = invoke("--smoke", "--methods", "random", "--json", "-")
-    assert json.loads(found.stdout)["benchmark"] == "bench_prune"
-    assert "first_token" in found.stderr
+def test_json_on_standard_output_is_nothing_but_json(
+    run: tuple[results.ResultFile, list[str]], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(bench_prune, "run", lambda settings, device, say: run[0])
+    found = invoke("--smoke", "--json", "-")
+    assert json.loads(found.stdout) == json.loads(run[0].to_json())
+    assert "prefill and decode" in found.stderr
+
+
+def test_a_failed_check_fails_the_command(
+    run: tuple[results.ResultFile, list[str]], monkeypatch: Any
+) -> None:
+    bad = replace(run[0], checks={**run[0].checks, "undo_bit_equal": False})
+    monkeypatch.setattr(bench_prune, "run", lambda settings, device, say: bad)
+    found = invoke("--smoke")
+    assert found.exit_code == 1
+    assert "FAILED after detach the dense logits differ" in found.stderr
 
 
 @pytest.mark.parametrize(
@@ -379,9 +393,3 @@ def test_bad_input_is_refused(words: tuple[str, ...], why: str, monkeypatch: Any
     found = invoke(*words)
     assert found.exit_code == 2 and why in found.output
     assert not Path("unused.json").exists()
-
-
-def test_every_size_has_what_the_host_needs() -> None:
-    for name in SIZES:
-        facts = vistoken.inspect(build_llava(name, device="meta", dtype=torch.bfloat16)).facts
-        assert facts.visual_tokens == find_size(name).visual_tokens

@@ -6,5 +6,6 @@ open_folder(globals())
 
 from vistoken.kernels.attention_row import attention_row  # noqa: E402
 from vistoken.kernels.gather import gather_tokens  # noqa: E402
+from vistoken.kernels.quota import split_quota  # noqa: E402
 
-__all__ = ["attention_row", "gather_tokens"]
+__all__ = ["attention_row", "gather_tokens", "split_quota"]

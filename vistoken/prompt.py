@@ -20,16 +20,17 @@ class Layout:
     """Where the images lie in a batch of prompts.
 
     rows, length: the shape of the token ids. starts, ends: the columns between which each row is
-    not padding. image_rows: the row of each image. columns [I, N] int64 on the CPU: the columns of
-    its placeholders, ascending.
+    not padding. tokens: visual tokens per image. image_rows, image_starts: the row of each image
+    and the column of its first placeholder; the others follow it without a gap.
     """
 
     rows: int
     length: int
     starts: tuple[int, ...]
     ends: tuple[int, ...]
+    tokens: int
     image_rows: tuple[int, ...]
-    columns: Tensor
+    image_starts: tuple[int, ...]
 
     @property
     def images_per_row(self) -> list[int]:
@@ -55,29 +56,35 @@ def read_layout(
             "placeholder once per image in the prompt and let the processor expand it."
         )
     found = found.reshape(images, tokens, 2)
-    rows = found[:, :, 0]
-    if not bool((rows == rows[:, :1]).all()):
+    first, steps = found[:, :1], torch.arange(tokens)
+    if not bool((found[:, :, 0] == first[:, :, 0]).all()):
         raise DataError(
             f"An image's {tokens} placeholder tokens spread over two rows of the batch: each row "
             "must hold a whole number of images."
         )
+    if not bool((found[:, :, 1] == first[:, :, 1] + steps).all()):
+        raise DataError(
+            f"An image's {tokens} placeholder tokens do not follow one another; put nothing "
+            "between the placeholders of one image."
+        )
     count, length = placeholders.shape
+    rows, columns = (tuple(first[:, 0, axis].tolist()) for axis in (0, 1))
     starts, ends = _unpadded(count, length, mask)
-    columns = found[:, :, 1].contiguous()
-    return Layout(count, length, starts, ends, tuple(rows[:, 0].tolist()), columns)
+    for row, column in zip(rows, columns, strict=True):  # a masked image is no padding
+        starts[row] = min(starts[row], column)
+        ends[row] = max(ends[row], column + tokens)
+    return Layout(count, length, tuple(starts), tuple(ends), tokens, rows, columns)
 
 
-def _unpadded(
-    rows: int, length: int, mask: Tensor | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _unpadded(rows: int, length: int, mask: Tensor | None) -> tuple[list[int], list[int]]:
     """First column and one past the last column that the mask has on, in every row."""
     if mask is None:
-        return (0,) * rows, (length,) * rows
+        return [0] * rows, [length] * rows
     on = (mask != 0).cpu().int()
     empty = on.sum(1) == 0
     starts = on.argmax(1).masked_fill(empty, 0)
     ends = (length - on.flip(1).argmax(1)).masked_fill(empty, length)
-    return tuple(starts.tolist()), tuple(ends.tolist())
+    return starts.tolist(), ends.tolist()
 
 
 @dataclass(frozen=True)
@@ -86,8 +93,9 @@ class Shortening:
 
     index [B, S] int64: the long column that each short column takes; padding columns, where
     `padding` [B, S] is True, take column 0 and are masked out. visual_rows, visual_columns
-    [I, K]: where each kept visual token lands in the short prompt. removed [B, L] int64: how many
-    visual tokens were dropped up to each long column.
+    [I, K]: where each kept visual token lands in the short prompt. kept [I, K]: which of its
+    image's tokens it is. earlier [B, S]: visual tokens removed before each short column, without
+    those of the image it belongs to.
     """
 
     layout: Layout
@@ -95,16 +103,28 @@ class Shortening:
     padding: Tensor
     visual_rows: Tensor
     visual_columns: Tensor
-    removed: Tensor
+    kept: Tensor
+    earlier: Tensor
 
     @property
     def length(self) -> int:
         """Length S of the short prompt."""
         return self.index.shape[1]
 
+    @property
+    def removed(self) -> Tensor:
+        """Visual tokens removed from each row, [B] int64 on the CPU."""
+        return torch.tensor(self.layout.images_per_row) * (self.layout.tokens - self.kept.shape[1])
+
     def take(self, values: Tensor, fill: int) -> Tensor:
         """Gather [B, L] values into the short prompt [B, S], `fill` in padding columns."""
         return values.gather(1, self.index).masked_fill(self.padding, fill)
+
+    def renumber(self, positions: Tensor) -> Tensor:
+        """Close the gaps in positions [B, L] of the long prompt: the short ones [B, S]."""
+        own = self.kept - torch.arange(self.kept.shape[1], device=self.kept.device)
+        before = self.earlier.index_put((self.visual_rows, self.visual_columns), own, True)
+        return self.take(positions, 0) - before.masked_fill(self.padding, 0)
 
 
 def shorten(layout: Layout, kept: Tensor, *, pad_left: bool = True) -> Shortening:
@@ -112,49 +132,62 @@ def shorten(layout: Layout, kept: Tensor, *, pad_left: bool = True) -> Shortenin
 
     kept [I, K] int64 ascending, on the device of the prompt. Padding at the ends of the rows is
     dropped too; rows that end up shorter than the longest one are padded again, on the left or,
-    with `pad_left=False`, on the right.
+    with `pad_left=False`, on the right. Everything but the picks themselves is planned on the
+    CPU, while the device still computes them, and sent over in one piece.
     """
-    device = kept.device
-    images, tokens = layout.columns.shape
-    rows, length = layout.rows, layout.length
-    columns = layout.columns.to(device, non_blocking=True)
-    image_rows = torch.tensor(layout.image_rows)[:, None].to(device, non_blocking=True)
+    images, keep = kept.shape
+    rows = [_plan_row(layout, row, keep) for row in range(layout.rows)]
+    short = max(len(row.columns) for row in rows)
+    plan = torch.zeros(3, layout.rows, short, dtype=torch.long)  # column, padding, earlier
+    plan[1] = 1
+    places = torch.zeros(3, images, keep, dtype=torch.long)  # row, short column, first long column
+    places[0] = torch.tensor(layout.image_rows)[:, None]
+    places[2] = torch.tensor(layout.image_starts)[:, None]
+    for number, row in enumerate(rows):
+        start = short - len(row.columns) if pad_left else 0
+        filled = slice(start, start + len(row.columns))
+        plan[0, number, filled] = row.columns
+        plan[1, number, filled] = 0
+        plan[2, number, filled] = row.earlier
+        for image, first in row.images:
+            places[1, image] = torch.arange(first + start, first + start + keep)
+    packed = torch.cat([plan.flatten(), places.flatten()])
+    if kept.is_cuda:  # from pageable memory a larger copy would wait for the device
+        packed = packed.pin_memory()
+    packed = packed.to(kept.device, non_blocking=True)
+    base, padding, earlier = packed[: plan.numel()].view(plan.shape).unbind()
+    visual_rows, visual_columns, starts = packed[plan.numel() :].view(places.shape).unbind()
+    index = base.index_put((visual_rows, visual_columns), starts + kept)
+    return Shortening(layout, index, padding.bool(), visual_rows, visual_columns, kept, earlier)
 
-    stays = torch.ones(rows, length, dtype=torch.bool, device=device)
-    stays[image_rows.expand(images, tokens), columns] = False
-    kept_columns = columns.gather(1, kept)
-    kept_rows = image_rows.expand_as(kept_columns)
-    stays[kept_rows, kept_columns] = True
 
-    removed = (~stays).cumsum(1)
+@dataclass(frozen=True)
+class _Row:
+    """One row of the short prompt without padding: its long columns, with room for its images.
 
-    dropped = tokens - kept.shape[1]
-    spans = list(zip(layout.starts, layout.ends, layout.images_per_row, strict=True))
-    lengths = [end - start - dropped * count for start, end, count in spans]
-    short = max(lengths)
-    borders = torch.tensor(
-        [
-            [start, end, short - own if pad_left else 0]
-            for (start, end, _), own in zip(spans, lengths, strict=True)
-        ]
-    ).to(device, non_blocking=True)
-    column = torch.arange(length, device=device)
-    stays &= (column >= borders[:, :1]) & (column < borders[:, 1:2])
-    shift = borders[:, 2:]
+    images: (image, first short column) pairs. earlier: tokens removed in earlier images.
+    """
 
-    target = stays.cumsum(1) - 1 + shift
-    slots = torch.where(stays, target, short)
-    index = torch.full((rows, short + 1), -1, dtype=torch.long, device=device)
-    index = index.scatter(1, slots, column.expand(rows, length))[:, :short]
-    padding = index < 0
-    return Shortening(
-        layout,
-        index.clamp(min=0),
-        padding,
-        kept_rows,
-        target[kept_rows, kept_columns],
-        removed,
-    )
+    columns: Tensor
+    earlier: Tensor
+    images: list[tuple[int, int]]
+
+
+def _plan_row(layout: Layout, row: int, keep: int) -> _Row:
+    columns, earlier, images = [], [], []
+    cursor, length, removed = layout.starts[row], 0, 0
+    own = [image for image, at in enumerate(layout.image_rows) if at == row]
+    for image in own:
+        start = layout.image_starts[image]
+        columns += [torch.arange(cursor, start), torch.arange(start, start + keep)]
+        earlier += [torch.full((start - cursor + keep,), removed)]
+        length += start - cursor
+        images.append((image, length))
+        length += keep
+        cursor, removed = start + layout.tokens, removed + layout.tokens - keep
+    columns.append(torch.arange(cursor, layout.ends[row]))
+    earlier.append(torch.full((layout.ends[row] - cursor,), removed))
+    return _Row(torch.cat(columns), torch.cat(earlier), images)
 
 
 def positions_from_mask(mask: Tensor) -> Tensor:

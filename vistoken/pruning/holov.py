@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vistoken.contract import Selection, Signal, View
+from vistoken.contract import ModelFacts, Selection, Signal, Stage, View
 from vistoken.errors import MethodError
+from vistoken.kernels import split_quota
 from vistoken.method import option
 from vistoken.pruning._pruner import Pruner
 
@@ -48,11 +50,23 @@ class HoloV(Pruner):
         """The released rule needs no features."""
         return self.signals - {Signal.FEATURES} if self.mode == "released" else self.signals
 
+    def stages(self, facts: ModelFacts) -> tuple[Stage, ...]:
+        """As every pruner, after a check that the tiles fit the grid."""
+        if self.mode == "paper-2d":
+            tiles(facts.grid, self.crops)
+        return super().stages(facts)
+
     def select(self, view: View, keep: int) -> Selection:
         """Choose by quota per crop, then by score inside each crop."""
+        grid = view.facts.grid
+        if self.mode == "paper-2d" and view.tokens < grid[0] * grid[1]:
+            raise MethodError(
+                f"holov: paper-2d needs the whole grid of {grid[0]} x {grid[1]} tokens, but an "
+                f"earlier method left {view.tokens}; use mode='paper' after it."
+            )
         features = None if self.mode == "released" else view.features
-        crop_of = _crop_of(view.origin, view.facts.grid, self.crops, self.mode)
-        return Selection(_select(features, view.cls_attention, keep, crop_of, self.crops))
+        crops = crop_layout(view.tokens, self.crops, grid if self.mode == "paper-2d" else None)
+        return Selection(_select(features, view.cls_attention, keep, crops.to(view.device)))
 
 
 def select(
@@ -82,12 +96,11 @@ def select(
         raise MethodError(f"holov: keep and crops must be at least 1, got {keep} and {crops}.")
     if mode == "paper-2d" and (grid is None or grid[0] * grid[1] != tokens):
         raise MethodError(f"holov: paper-2d needs a grid of {tokens} tokens, got {grid!r}.")
-    raster = torch.arange(tokens, device=cls_attention.device).expand(batch, tokens)
     if keep >= tokens:
-        return raster.clone()
-    crop_of = _crop_of(raster, grid or (1, tokens), crops, mode)
+        return torch.arange(tokens, device=cls_attention.device).repeat(batch, 1)
+    layout = crop_layout(tokens, crops, grid if mode == "paper-2d" else None)
     used = None if mode == "released" else features
-    return _select(used, cls_attention, keep, crop_of, crops)
+    return _select(used, cls_attention, keep, layout.to(cls_attention.device))
 
 
 def tiles(grid: tuple[int, int], crops: int) -> tuple[int, int]:
@@ -103,112 +116,98 @@ def tiles(grid: tuple[int, int], crops: int) -> tuple[int, int]:
     return min(shapes, key=lambda s: (abs(rows * s[1] - columns * s[0]), s))
 
 
-def _crop_of(origin: Tensor, grid: tuple[int, int], crops: int, mode: str) -> Tensor:
-    """The crop [B, N] of each token: a run of the current order, or a tile of the grid."""
-    tokens = origin.shape[1]
-    if mode == "paper-2d":
+@dataclass(frozen=True)
+class CropLayout:
+    """Which tokens form which crop.
+
+    slots [K, M] int64: the tokens of each crop in raster order, in order of their position;
+    empty slots, where `filled` [K, M] is False, repeat token 0. sizes [K] int64.
+    in_order: whether the slots are the raster itself, so that nothing needs to be gathered.
+    """
+
+    slots: Tensor
+    filled: Tensor
+    sizes: Tensor
+    in_order: bool
+
+    def to(self, device: torch.device) -> CropLayout:
+        """The same on a device."""
+        return _on_device(self, device)
+
+    def split(self, values: Tensor) -> Tensor:
+        """Arrange [B, N, ...] by crop: [B, K, M, ...]."""
+        return values.unflatten(1, self.slots.shape) if self.in_order else values[:, self.slots]
+
+
+@lru_cache(maxsize=64)
+def crop_layout(tokens: int, crops: int, grid: tuple[int, int] | None) -> CropLayout:
+    """Split `tokens` into `crops` runs, the first ones longer, or `grid` into square tiles."""
+    index = torch.arange(tokens)
+    if grid is None:
+        small, larger = divmod(tokens, crops)
+        sizes = torch.full((crops,), small)
+        sizes[:larger] += 1  # as the official split does
+        crop_of = torch.repeat_interleave(torch.arange(crops), sizes)
+    else:
         down, across = tiles(grid, crops)
         rows, columns = grid
-        tile_row = origin // columns * down // rows
-        return tile_row * across + origin % columns * across // columns
-    small, larger = divmod(tokens, crops)
-    sizes = torch.full((crops,), small, device=origin.device)
-    sizes[:larger] += 1  # the first crops take one token more, as the official split does
-    ends = sizes.cumsum(0)
-    position = torch.arange(tokens, device=origin.device)
-    return torch.searchsorted(ends, position, right=True).expand_as(origin)
+        crop_of = index // columns * down // rows * across + index % columns * across // columns
+        sizes = torch.bincount(crop_of, minlength=crops)
+    order = crop_of.argsort(stable=True)
+    place = torch.arange(tokens) - (sizes.cumsum(0) - sizes)[crop_of[order]]
+    slots = torch.zeros(crops, int(sizes.max()), dtype=torch.long)
+    filled = torch.zeros_like(slots, dtype=torch.bool)
+    slots[crop_of[order], place] = order
+    filled[crop_of[order], place] = True
+    return CropLayout(slots, filled, sizes, torch.equal(slots.flatten(), index))
 
 
-def _select(
-    features: Tensor | None, cls_attention: Tensor, keep: int, crop_of: Tensor, crops: int
-) -> Tensor:
-    attention = cls_attention.float()
-    member = crop_of[:, None] == torch.arange(crops, device=crop_of.device)[:, None]
-    sizes = member.sum(-1)
-    score = attention if features is None else _holistic(features.float(), attention, member)
-    mean = (score[:, None] * member).sum(-1) / sizes.clamp(min=1)
-    mode = "released" if features is None else "paper"
-    quota = _quotas(mean, sizes, keep, mode)
-    return _best_per_crop(score, crop_of, quota, keep)
+@lru_cache(maxsize=64)
+def _on_device(layout: CropLayout, device: torch.device) -> CropLayout:
+    parts = (layout.slots, layout.filled, layout.sizes)
+    return CropLayout(*(part.to(device, non_blocking=True) for part in parts), layout.in_order)
 
 
-def _holistic(features: Tensor, attention: Tensor, member: Tensor) -> Tensor:
-    """H = gamma V + A [B, N] with V the variance of a token's similarities inside its crop.
+def _select(features: Tensor | None, cls_attention: Tensor, keep: int, crops: CropLayout) -> Tensor:
+    attention = crops.split(cls_attention.float()) * crops.filled
+    score = attention
+    if features is not None:
+        score = attention + _scaled_diversity(crops.split(features.float()), attention, crops)
+    # the mean of H is twice the mean of A in every crop, so A alone decides the quotas
+    mean = attention.sum(-1) / crops.sizes.clamp(min=1)
+    quota = split_quota(mean, crops.sizes, keep, spread_leftover=features is None)
+    return _best_per_crop(score, crops, quota, keep)
+
+
+def _scaled_diversity(features: Tensor, attention: Tensor, crops: CropLayout) -> Tensor:
+    """gamma V [B, K, M], with V the variance of a token's similarities inside its crop.
 
     gamma scales V to the mean of A in the crop, so the crop's mean score is twice its mean
-    attention; V decides among the tokens of one crop.
+    attention; V decides among the tokens of one crop. Where V vanishes in a whole crop, gamma V is
+    taken at its limit, the crop's mean attention.
     """
     unit = torch.nn.functional.normalize(features, dim=-1)
-    same = member.float().transpose(1, 2) @ member.float()  # [B, N, N]: one when in one crop
-    similar = unit @ unit.transpose(1, 2) * same
-    similar.diagonal(dim1=1, dim2=2).zero_()
-    others = (same.sum(-1) - 1).clamp(min=1)
+    filled = crops.filled.float()
+    counts = filled[:, :, None] * filled[:, None, :]
+    similar = unit @ unit.transpose(-1, -2) * counts
+    similar.diagonal(dim1=-2, dim2=-1).zero_()
+    others = (crops.sizes - 1).clamp(min=1)[:, None]
     mean = similar.sum(-1) / others
-    spread = ((similar - mean[:, :, None]) ** 2 * same).sum(-1) / others
-    belongs = member.float()
-    total_v = (spread[:, None] * belongs).sum(-1)
-    total_a = (attention.abs()[:, None] * belongs).sum(-1)
-    gamma = (total_a / total_v.clamp(min=torch.finfo(torch.float32).tiny))[:, :, None] * belongs
-    # where V vanishes in a whole crop, gamma V is taken at its limit, the crop's mean attention
-    level = (total_a / belongs.sum(-1).clamp(min=1))[:, :, None] * belongs
-    scaled = torch.where((total_v > 0)[:, :, None], gamma * spread[:, None], level).sum(1)
-    return scaled + attention
+    spread = ((similar - mean[..., None]).square() * counts).sum(-1) / others
+    total_v = spread.sum(-1, keepdim=True)
+    total_a = attention.sum(-1, keepdim=True)
+    gamma = total_a / total_v.clamp(min=torch.finfo(torch.float32).tiny)
+    level = total_a / crops.sizes.clamp(min=1)[:, None] * filled
+    return torch.where(total_v > 0, gamma * spread, level)
 
 
-def _quotas(weight: Tensor, sizes: Tensor, keep: int, mode: str) -> Tensor:
-    """Split `keep` over crops [B, K] by `weight` into whole quotas of at most `sizes`, exactly.
-
-    Every crop gets floor(share). What the floors leave over goes to the heaviest crop (paper) or
-    one each to the heaviest crops (released). A crop that overflows gives its surplus to crops
-    with room.
-    """
-    tiny = torch.finfo(torch.float32).tiny
-    weight = weight / weight.sum(-1, keepdim=True).clamp(min=tiny)
-    weight = weight.clamp(min=tiny)
-    heaviest = weight.argsort(dim=-1, descending=True, stable=True)
-    quota = (weight * keep).floor().long()
-    if mode == "released":
-        missing = keep - quota.sum(-1, keepdim=True)
-        place = heaviest.argsort(dim=-1)
-        quota = quota + (place < missing)
-    return _fill_up(_donate(weight, quota, sizes), sizes, keep, heaviest)
-
-
-def _donate(weight: Tensor, quota: Tensor, sizes: Tensor) -> Tensor:
-    """Cap quotas at `sizes`; give the surplus away in proportion to weight × room, repeatedly.
-
-    Each round fills a crop or hands out all but less than one token per crop, so as many rounds
-    as there are crops leave nothing that a further round could place.
-    """
-    surplus = (quota - sizes).clamp(min=0).sum(-1, keepdim=True)
-    quota = quota.minimum(sizes)
-    for _ in range(sizes.shape[-1]):
-        pull = weight * (sizes - quota)
-        part = pull / pull.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        larger = (quota + (surplus * part).floor().long()).minimum(sizes)
-        surplus = surplus - (larger - quota).sum(-1, keepdim=True)
-        quota = larger
-    return quota
-
-
-def _fill_up(quota: Tensor, sizes: Tensor, keep: int, heaviest: Tensor) -> Tensor:
-    """Give what is missing from `keep` to the heaviest crop, and past its size to the next."""
-    room = (sizes - quota).gather(1, heaviest)
-    missing = keep - quota.sum(-1, keepdim=True)
-    given = (missing - (room.cumsum(-1) - room)).clamp(min=0).minimum(room)
-    return quota.scatter_add(1, heaviest, given)
-
-
-def _best_per_crop(score: Tensor, crop_of: Tensor, quota: Tensor, keep: int) -> Tensor:
-    """The tokens whose rank by score inside their crop is below the crop's quota, ascending."""
-    by_score = score.argsort(dim=-1, descending=True, stable=True)
-    by_crop = crop_of.gather(1, by_score).argsort(dim=-1, stable=True)
-    order = by_score.gather(1, by_crop)  # crop by crop, best first
-    crop = crop_of.gather(1, order)
-    position = torch.arange(score.shape[1], device=score.device)
-    counts = torch.zeros_like(quota).scatter_add(1, crop_of, torch.ones_like(crop_of))
-    rank = position - (counts.cumsum(-1) - counts).gather(1, crop)
-    chosen = torch.zeros_like(crop_of, dtype=torch.bool)
-    chosen = chosen.scatter(1, order, rank < quota.gather(1, crop))
-    # exactly `keep` are chosen: a stable sort brings them to the front in ascending order
-    return chosen.long().argsort(dim=-1, descending=True, stable=True)[:, :keep]
+def _best_per_crop(score: Tensor, crops: CropLayout, quota: Tensor, keep: int) -> Tensor:
+    """The `quota` best tokens of every crop, ascending; ties go to the earlier token."""
+    ranked = score.masked_fill(~crops.filled, -torch.inf)
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(score.shape[-1], device=score.device)
+    spent = (rank < quota[..., None]).expand_as(order)
+    token = crops.slots.expand_as(order).gather(-1, order)
+    # picks carry their token, the rest a number past every token: sorting leaves the picks first
+    last = crops.slots.numel()
+    return torch.where(spent, token, last).flatten(1).sort(dim=-1).values[:, :keep]
