@@ -175,7 +175,6 @@ class Pipeline:
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         pixel_values: Tensor,
-        pad_left: bool = True,
     ) -> ShortPrompt:
         """Encode and prune the images, and build the short prompt with their features in place.
 
@@ -185,11 +184,11 @@ class Pipeline:
         host = self.host
         images = host.image_count(pixel_values)
         placeholders = self._placeholders(input_ids, inputs_embeds)
-        total = host.facts.visual_tokens
-        layout = prompt.read_layout(placeholders, images, total, attention_mask)
+        seen = None if attention_mask is None else attention_mask.cpu()
+        layout = prompt.read_layout(placeholders, images, host.facts.visual_tokens, seen)
         features, call = self._encode(pixel_values)
         device = features.device  # the caller may have left the prompt on the CPU
-        plan = prompt.shorten(layout, call.origin, pad_left=pad_left)
+        plan = prompt.shorten(layout, call.origin)
         if inputs_embeds is None:
             ids = plan.take(_on(device, input_ids), host.image_token_id)
             embeds = _on(device, host.model.get_input_embeddings()(ids))
@@ -207,12 +206,12 @@ class Pipeline:
 
     def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if input_ids is not None:
-            return input_ids == self.host.image_token_id
+            return input_ids.cpu() == self.host.image_token_id
         if inputs_embeds is None:
             raise DataError("The call has pixel_values but neither input_ids nor inputs_embeds.")
         embedding = self.host.model.get_input_embeddings()
         token = torch.tensor(self.host.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == embedding(token)).all(-1)
+        return (inputs_embeds == embedding(token)).all(-1).cpu()
 
     def _encode(self, pixel_values: Tensor) -> tuple[Tensor, TowerCall]:
         host = self.host

@@ -36,8 +36,9 @@ class CachedPrompt:
     """How the prompt in a KV cache was shortened.
 
     long: its length before. mask [B, S]: the short attention mask. removed [B]: tokens removed
-    from each row. original: whether positions were kept rather than renumbered. It travels from
-    the hook before forward to the one after it on the short embeddings, and then with the cache.
+    from each row, on the CPU. original: whether positions were kept rather than renumbered. It
+    travels from the hook before forward to the one after it on the short embeddings, and then
+    with the cache.
     """
 
     long: int
@@ -50,8 +51,7 @@ class CachedPrompt:
         """Describe a short prompt."""
         plan = short.shortening
         original = pipeline.positions == "original"
-        removed = plan.removed.to(plan.index.device, non_blocking=True)
-        return cls(plan.layout.length, short.attention_mask, removed, original)
+        return cls(plan.layout.length, short.attention_mask, plan.removed, original)
 
     def repeated(self, rows: int) -> CachedPrompt:
         """The same for a cache whose rows were repeated (beams, several questions a picture)."""
@@ -278,14 +278,12 @@ def _short_forward(pipeline: Pipeline, given: dict[str, Any]) -> dict[str, Any]:
             f"The attention mask must be 2-D [batch, length] to be shortened, got {mask.dim()}-D."
         )
     pipeline.host.check_vision_arguments(given)
-    right_padded = mask is not None and not bool((mask[:, -1] != 0).all())
     short = pipeline.shorten(
         input_ids=given.pop("input_ids", None),
         inputs_embeds=given.pop("inputs_embeds", None),
         attention_mask=mask,
         position_ids=given.get("position_ids"),
         pixel_values=given.pop("pixel_values"),
-        pad_left=not right_padded,
     )
     for name in pipeline.host.vision_arguments:
         given.pop(name, None)
@@ -313,11 +311,11 @@ def _continue(remembered: CachedPrompt, given: dict[str, Any]) -> dict[str, Any]
         )
     positions = given.get("position_ids")
     if positions is not None and not remembered.original:
-        given["position_ids"] = positions - remembered.removed[:, None]
+        given["position_ids"] = positions - remembered.removed[:, None].to(positions.device)
     elif positions is None and remembered.original:
         seen = given["past_key_values"].get_seq_length()
-        steps = torch.arange(tokens.shape[1], device=remembered.removed.device) + seen
-        given["position_ids"] = steps + remembered.removed[:, None]
+        steps = torch.arange(tokens.shape[1]) + seen
+        given["position_ids"] = (steps + remembered.removed[:, None]).to(tokens.device)
     return given
 
 

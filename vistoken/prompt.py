@@ -37,17 +37,22 @@ class Layout:
         """Number of images in each row."""
         return [self.image_rows.count(row) for row in range(self.rows)]
 
+    @property
+    def pads_right(self) -> bool:
+        """Whether some row is padded on the right."""
+        return any(end < self.length for end in self.ends)
+
 
 def read_layout(
     placeholders: Tensor, images: int, tokens: int, mask: Tensor | None = None
 ) -> Layout:
     """Split the placeholder positions of a batch into `images` images of `tokens` each.
 
-    placeholders [B, L] bool; mask [B, L], 0 where padded (None: nothing is). Images take
-    placeholders in reading order, as the model scatters features. Raises `DataError` when the
-    counts do not match or an image would span two rows.
+    placeholders [B, L] bool; mask [B, L], 0 where padded (None: nothing is); both on the CPU.
+    Images take placeholders in reading order, as the model scatters features. Raises `DataError`
+    when the counts do not match, or when an image's placeholders are torn apart.
     """
-    found = placeholders.nonzero().cpu()
+    found = placeholders.nonzero()
     if len(found) != images * tokens:
         per_row = placeholders.sum(1).tolist()
         raise DataError(
@@ -80,7 +85,7 @@ def _unpadded(rows: int, length: int, mask: Tensor | None) -> tuple[list[int], l
     """First column and one past the last column that the mask has on, in every row."""
     if mask is None:
         return [0] * rows, [length] * rows
-    on = (mask != 0).cpu().int()
+    on = (mask != 0).int()
     empty = on.sum(1) == 0
     starts = on.argmax(1).masked_fill(empty, 0)
     ends = (length - on.flip(1).argmax(1)).masked_fill(empty, length)
@@ -127,30 +132,15 @@ class Shortening:
         return self.take(positions, 0) - before.masked_fill(self.padding, 0)
 
 
-def shorten(layout: Layout, kept: Tensor, *, pad_left: bool = True) -> Shortening:
+def shorten(layout: Layout, kept: Tensor) -> Shortening:
     """Plan the short prompt in which image i keeps only its visual tokens `kept[i]`.
 
     kept [I, K] int64 ascending, on the device of the prompt. Padding at the ends of the rows is
-    dropped too; rows that end up shorter than the longest one are padded again, on the left or,
-    with `pad_left=False`, on the right. Everything but the picks themselves is planned on the
+    dropped too; rows that end up shorter than the longest one are padded again, on the right if
+    the long prompt was, else on the left. Everything but the picks themselves is planned on the
     CPU, while the device still computes them, and sent over in one piece.
     """
-    images, keep = kept.shape
-    rows = [_plan_row(layout, row, keep) for row in range(layout.rows)]
-    short = max(len(row.columns) for row in rows)
-    plan = torch.zeros(3, layout.rows, short, dtype=torch.long)  # column, padding, earlier
-    plan[1] = 1
-    places = torch.zeros(3, images, keep, dtype=torch.long)  # row, short column, first long column
-    places[0] = torch.tensor(layout.image_rows)[:, None]
-    places[2] = torch.tensor(layout.image_starts)[:, None]
-    for number, row in enumerate(rows):
-        start = short - len(row.columns) if pad_left else 0
-        filled = slice(start, start + len(row.columns))
-        plan[0, number, filled] = row.columns
-        plan[1, number, filled] = 0
-        plan[2, number, filled] = row.earlier
-        for image, first in row.images:
-            places[1, image] = torch.arange(first + start, first + start + keep)
+    plan, places = _plan(layout, kept.shape[1])
     packed = torch.cat([plan.flatten(), places.flatten()])
     if kept.is_cuda:  # from pageable memory a larger copy would wait for the device
         packed = packed.pin_memory()
@@ -161,33 +151,42 @@ def shorten(layout: Layout, kept: Tensor, *, pad_left: bool = True) -> Shortenin
     return Shortening(layout, index, padding.bool(), visual_rows, visual_columns, kept, earlier)
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One row of the short prompt without padding: its long columns, with room for its images.
+def _plan(layout: Layout, keep: int) -> tuple[Tensor, Tensor]:
+    """The short prompt without the picks, on the CPU.
 
-    images: (image, first short column) pairs. earlier: tokens removed in earlier images.
+    Returns [3, B, S]: the long column of each short one (0 in padding, and any of its image's
+    where a visual token goes), whether it is padding, and the tokens removed in earlier images;
+    and [3, I, K]: row and short column of each kept token, and its image's first long column.
     """
+    image_rows = torch.tensor(layout.image_rows, dtype=torch.long)
+    image_starts = torch.tensor(layout.image_starts, dtype=torch.long)
+    dropped = layout.tokens - keep
+    column = torch.arange(layout.length)
+    starts, ends = torch.tensor(layout.starts)[:, None], torch.tensor(layout.ends)[:, None]
+    stays = (column >= starts) & (column < ends)
+    surplus = image_starts[:, None] + torch.arange(keep, layout.tokens)
+    stays[image_rows[:, None], surplus] = False  # the first `keep` hold the room for the picks
+    place = stays.cumsum(1) - 1
+    lengths = place[:, -1:] + 1
+    short = int(lengths.max())
+    if not layout.pads_right:
+        place += short - lengths
+    steps = torch.zeros(layout.rows, layout.length + 1, dtype=torch.long)
+    removal = torch.tensor(dropped)
+    steps.index_put_((image_rows, image_starts + layout.tokens), removal, accumulate=True)
 
-    columns: Tensor
-    earlier: Tensor
-    images: list[tuple[int, int]]
-
-
-def _plan_row(layout: Layout, row: int, keep: int) -> _Row:
-    columns, earlier, images = [], [], []
-    cursor, length, removed = layout.starts[row], 0, 0
-    own = [image for image, at in enumerate(layout.image_rows) if at == row]
-    for image in own:
-        start = layout.image_starts[image]
-        columns += [torch.arange(cursor, start), torch.arange(start, start + keep)]
-        earlier += [torch.full((start - cursor + keep,), removed)]
-        length += start - cursor
-        images.append((image, length))
-        length += keep
-        cursor, removed = start + layout.tokens, removed + layout.tokens - keep
-    columns.append(torch.arange(cursor, layout.ends[row]))
-    earlier.append(torch.full((layout.ends[row] - cursor,), removed))
-    return _Row(torch.cat(columns), torch.cat(earlier), images)
+    rows, columns = stays.nonzero(as_tuple=True)
+    at = place[rows, columns]
+    plan = torch.zeros(3, layout.rows, short, dtype=torch.long)
+    plan[1] = 1
+    plan[0, rows, at] = columns
+    plan[1, rows, at] = 0
+    plan[2, rows, at] = steps.cumsum(1)[rows, columns]
+    room = place[image_rows, image_starts][:, None] + torch.arange(keep)
+    places = torch.stack(
+        [image_rows[:, None].expand_as(room), room, image_starts[:, None].expand_as(room)]
+    )
+    return plan, places
 
 
 def positions_from_mask(mask: Tensor) -> Tensor:
