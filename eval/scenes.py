@@ -247,7 +247,9 @@ def owner_grid(scene: Scene, grid: int = 24) -> NDArray[np.int64]:
     owner = np.where(cover.max(axis=1) >= side * side / 5, best, -1)
     for i in sorted(set(range(n)) - set(owner.tolist())):
         spare = (owner < 0) | (np.bincount(owner + 1, minlength=n + 1)[owner + 1] > 1)
-        owner[(cover[:, i] * spare).argmax()] = i
+        room = cover[:, i] * spare
+        if room.any():
+            owner[room.argmax()] = i
     return owner.reshape(grid, grid)
 
 

@@ -76,13 +76,14 @@ REAL = Recipe()
 SMOKE = Recipe(
     sizes=Sizes(hidden=48, heads=3, tower_layers=3, text_layers=2, text_inner=96, patch=56),
     minutes=0.0,
-    steps=60,
-    batch=8,
+    steps=40,
+    batch=4,
     pool=4,
+    length=96,
     warm=5,
     tower_rate=3e-3,
     text_rate=5e-3,
-    test_pictures=10,
+    test_pictures=3,
 )
 
 
