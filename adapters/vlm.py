@@ -199,10 +199,9 @@ class Pipeline:
         mask = _on(device, attention_mask)
         if mask is None:
             mask = torch.ones(layout.rows, layout.length, dtype=torch.long, device=device)
-        short_mask = plan.take(mask, 0)
-        positions = self._positions(plan, mask, short_mask, _on(device, position_ids))
+        positions = self._positions(plan, _on(device, position_ids))
         self._note_short(call, layout, plan)
-        return ShortPrompt(embeds, short_mask, positions, plan)
+        return ShortPrompt(embeds, plan.take(mask, 0), positions, plan)
 
     def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if input_ids is not None:
@@ -237,15 +236,16 @@ class Pipeline:
             kept = chosen.tokens
             call.features = gather_tokens(call.features, chosen.indices) if kept is None else kept
 
-    def _positions(
-        self, plan: prompt.Shortening, mask: Tensor, short_mask: Tensor, given: Tensor | None
-    ) -> Tensor:
-        long = prompt.positions_from_mask(mask) if given is None else given.expand_as(mask)
-        if self.positions == "original":
-            return plan.take(long, 0)
+    def _positions(self, plan: prompt.Shortening, given: Tensor | None) -> Tensor | None:
+        """Positions of the short prompt; None lets the model number its columns, as it would."""
+        original = self.positions == "original"
+        if given is None and not original:
+            return None
+        layout = plan.layout
         if given is None:
-            return prompt.positions_from_mask(short_mask)
-        return plan.renumber(long)
+            given = torch.arange(layout.length, device=plan.index.device)
+        given = given.expand(layout.rows, layout.length)
+        return plan.take(given, 0) if original else plan.renumber(given)
 
     @property
     def _dense_length(self) -> int:

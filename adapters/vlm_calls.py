@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vistoken.adapters.vlm import PIPELINE, Pipeline, ShortPrompt
 from vistoken.edits import Mixed
 from vistoken.errors import AttachError
+from vistoken.prompt import positions_from_mask
 
 _REMEMBERED = "_vistoken_prompt"
 
@@ -155,11 +156,14 @@ def _generate_arguments(
     mask = kwargs.pop("attention_mask", None)
     if mask is None and ids is not None:
         mask = _mask_from_padding(model, config, kwargs, ids)
+    positions = kwargs.pop("position_ids", None)
+    if positions is None and mask is not None and pipeline.positions == "original":
+        positions = positions_from_mask(mask)  # as generate numbers a padded prompt
     short = pipeline.shorten(
         input_ids=ids,
         inputs_embeds=kwargs.pop("inputs_embeds", None),
         attention_mask=mask,
-        position_ids=kwargs.pop("position_ids", None),
+        position_ids=positions,
         pixel_values=kwargs.pop("pixel_values"),
     )
     for name in pipeline.host.vision_arguments:
@@ -314,8 +318,9 @@ def _continue(remembered: CachedPrompt, given: dict[str, Any]) -> dict[str, Any]
         given["position_ids"] = positions - remembered.removed[:, None].to(positions.device)
     elif positions is None and remembered.original:
         seen = given["past_key_values"].get_seq_length()
-        steps = torch.arange(tokens.shape[1]) + seen
-        given["position_ids"] = (steps + remembered.removed[:, None]).to(tokens.device)
+        first = remembered.long + seen - remembered.mask.shape[1]
+        steps = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+        given["position_ids"] = steps.expand(tokens.shape[:2])
     return given
 
 

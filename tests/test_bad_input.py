@@ -43,6 +43,7 @@ def untouched(model: Any) -> bool:
         ({"ratio": 0.5, "keep": 4}, "exactly one of ratio and keep"),
         ({"keep": 0}, "keep must be at least 1, got 0"),
         ({"keep": -3}, "got -3"),
+        ({"ratio": 10**400}, "ratio must be at least 0 and below 1"),
         ({"keep": 2.5}, "keep must be a whole number"),
         ({"keep": 4, "method": "holo"}, "no method 'holo'. Did you mean 'holov'?"),
         ({"keep": 4, "mdoe": "paper"}, "no option 'mdoe'. Did you mean 'mode'?"),

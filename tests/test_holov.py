@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -79,7 +80,7 @@ def quotas(
     # crops without any attention share, by their room, what the others cannot take
     share = [max(w / total, 1e-38) if total else 1 / len(weights) for w in weights]
     heaviest = sorted(range(len(share)), key=lambda c: -share[c])
-    quota = [math.floor(w * keep + slack) for w in share]
+    quota = [math.floor(w * keep * (1 + slack)) for w in share]
     if mode == "released":
         for crop in heaviest[: keep - sum(quota)]:
             quota[crop] += 1
@@ -87,7 +88,7 @@ def quotas(
     quota = [min(q, size) for q, size in zip(quota, sizes, strict=True)]
     while surplus and sum(quota) < sum(sizes):
         pull = [w * (size - q) for w, size, q in zip(share, sizes, quota, strict=True)]
-        offers = [math.floor(surplus * p / sum(pull)) for p in pull]
+        offers = [math.floor(surplus * p / sum(pull) * (1 + slack)) for p in pull]
         gifts = [min(o, s - q) for o, s, q in zip(offers, sizes, quota, strict=True)]
         if not sum(gifts):
             break
@@ -143,7 +144,7 @@ class Case:
         """Quotas that fp32 could lead to: weights off by a few ulps, floors just below a number."""
         sizes, jitter = [len(crop) for crop in self.members], random.Random(0)
         found = set()
-        for size, slack in [(0.0, 0.0)] + [(3e-6, 0.0), (3e-6, 2e-4)] * 5:
+        for size, slack in [(0.0, 0.0)] + [(3e-6, 0.0), (3e-6, 8e-6)] * 5:
             noisy = [w * (1 + jitter.uniform(-size, size)) for w in self.weights]
             found.add(tuple(quotas(noisy, sizes, self.keep, self.mode, slack)))
         return found
@@ -281,7 +282,7 @@ def cases(count: int, *modes: str, seed: int = 0) -> list[Case]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_picks_follow_the_rule(mode: str) -> None:
-    every = cases(150, mode, seed=MODES.index(mode))
+    every = cases(110, mode, seed=MODES.index(mode))
     wrong = [(case, found) for case in every if (found := faults(case, case.run()))]
     assert not wrong, f"{len(wrong)} cases; the first: {wrong[0]}"
     clear = [len(case.possible_quotas) == 1 for case in every]
@@ -338,7 +339,7 @@ def per_crop(picks: Tensor, tokens: int, crops: int) -> list[int]:
 
 def test_features_matter_in_paper_and_never_in_released() -> None:
     changed = 0
-    for seed in range(20):
+    for seed in range(10):
         features, attention = image(seed=seed)
         others = [image(seed=100 + seed)[0], features * 7 + 3, torch.zeros_like(features)]
         for mode in ("paper", "released"):
@@ -348,7 +349,7 @@ def test_features_matter_in_paper_and_never_in_released() -> None:
                 assert per_crop(after, 64, 4) == per_crop(before, 64, 4)
                 changed += mode == "paper" and not torch.equal(before, after)
                 assert mode == "paper" or torch.equal(before, after)
-    assert changed > 40
+    assert changed > 20
 
 
 def test_a_crop_worked_by_hand() -> None:
@@ -391,9 +392,8 @@ def test_tiles_are_the_squarest_that_fit() -> None:
 def test_equal_attention_gives_equal_quotas(mode: str, level: float) -> None:
     """A budget that the crops divide leaves nothing to decide, also in fp32."""
     features, attention = image(576)[0], torch.full((1, 576), level)
-    for crops, keep in ((4, 64), (9, 63), (16, 48), (16, 64), (16, 192), (16, 288), (36, 180)):
-        picks = select(features, attention, keep, mode=mode, crops=crops, grid=(24, 24))[0]
-        side = math.isqrt(crops)
-        members = tiles_of((24, 24), (side, side)) if mode == "paper-2d" else runs(576, crops)
-        chosen = set(picks.tolist())
-        assert [len(chosen & set(crop)) for crop in members] == [keep // crops] * crops
+    for crops, each in itertools.product((3, 6, 9, 12, 16), (3, 4, 13)):
+        picks = select(features, attention, crops * each, mode=mode, crops=crops, grid=(24, 24))
+        cut = tiles_of((24, 24), tiles((24, 24), crops)) if mode == "paper-2d" else runs(576, crops)
+        chosen = set(picks[0].tolist())
+        assert [len(chosen & set(crop)) for crop in cut] == [each] * crops

@@ -64,7 +64,6 @@ def test_half_precision_rows_are_as_fine_as_fp32() -> None:
 def test_row_under_autocast_stays_fp32() -> None:
     q, k = torch.randn(2, 3, 1, 16), torch.randn(2, 3, 37, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(attention_row(q, k, 0.25), attention_row(q.clone(), k, 0.25))
         inside = attention_row(q, k, 0.25)
     assert torch.equal(inside, attention_row(q, k, 0.25))
 

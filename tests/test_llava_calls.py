@@ -132,19 +132,19 @@ def test_right_padding_keeps_its_side(model: Any) -> None:
         assert torch.allclose(logits[row, : len(expected)], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("positions", "explicit"), [("renumber", True), ("original", True), ("original", False)]
-)
+@pytest.mark.parametrize("positions", ["renumber", "original"])
+@pytest.mark.parametrize("explicit", [False, True])
 def test_a_decode_loop_written_for_the_long_prompt(
     model: Any, positions: str, explicit: bool
 ) -> None:
-    inputs = padded_batch()
+    inputs = padded_batch() if explicit else tiny.one_image()
     method = vistoken.ClsTopK(keep=KEEP, positions=positions)
     with vistoken.attach(model, method), torch.no_grad():
         expected = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
         mask = inputs["attention_mask"]
         place = (mask.cumsum(1) - 1).clamp(min=0)
-        output = model(**inputs, position_ids=place, use_cache=True)
+        place_given = {"position_ids": place} if explicit else {}
+        output = model(**inputs, **place_given, use_cache=True)
         found = []
         for _ in range(NEW):
             token = output.logits[:, -1:].argmax(-1)
@@ -335,3 +335,30 @@ def test_positional_arguments(model: Any) -> None:
         assert torch.equal(placed.logits, named)
         tokens = model.generate(inputs["input_ids"], pixel_values=inputs["pixel_values"])
         assert tokens.shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_masked_tokens_inside_a_prompt_are_numbered_as_the_bare_model_does(model: Any) -> None:
+    inputs = tiny.one_image()
+    inputs["attention_mask"][0, 2:4] = 0
+    with vistoken.attach(model, vistoken.ClsTopK(keep=KEEP)) as held:
+        found = model(**inputs).logits
+        kept = held.report().kept[0]
+    columns = torch.arange(inputs["input_ids"].shape[1])
+    first = int((inputs["input_ids"][0] == tiny.IMAGE).nonzero()[0])
+    stays = (columns < first) | (columns >= first + tiny.TOKENS)
+    stays[first + kept] = True
+    features = model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output[0]
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    embeds[0, first : first + tiny.TOKENS] = features
+    expected = model(
+        inputs_embeds=embeds[:, stays], attention_mask=inputs["attention_mask"][:, stays]
+    ).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_call_in_inference_mode_leaves_training_possible(model: Any) -> None:
+    inputs = tiny.one_image()
+    with vistoken.attach(model, vistoken.HoloV(keep=KEEP, crops=5)):
+        with torch.inference_mode():
+            model(**inputs)
+        model(**inputs).logits.sum().backward()

@@ -61,7 +61,9 @@ def _is_allowed(value: Any, default: Any, limits: Any) -> bool:
         return isinstance(value, str)
     if isinstance(default, int) and not isinstance(value, int):
         return False
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not isinstance(value, (int, float)):
+        return False
+    if isinstance(value, float) and not math.isfinite(value):
         return False
     return not (
         (limits.get("minimum") is not None and value < limits["minimum"])

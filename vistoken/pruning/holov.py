@@ -139,23 +139,26 @@ class CropLayout:
         return values.unflatten(1, self.slots.shape) if self.in_order else values[:, self.slots]
 
 
+# Cached tensors must serve later calls that record gradients, hence not be inference tensors.
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def crop_layout(tokens: int, crops: int, grid: tuple[int, int] | None) -> CropLayout:
     """Split `tokens` into `crops` runs, the first ones longer, or `grid` into square tiles."""
-    index = torch.arange(tokens)
+    index = torch.arange(tokens, device="cpu")
+    groups = torch.arange(crops, device="cpu")
     if grid is None:
         small, larger = divmod(tokens, crops)
-        sizes = torch.full((crops,), small)
+        sizes = torch.full((crops,), small, device="cpu")
         sizes[:larger] += 1  # as the official split does
-        crop_of = torch.repeat_interleave(torch.arange(crops), sizes)
+        crop_of = torch.repeat_interleave(groups, sizes)
     else:
         down, across = tiles(grid, crops)
         rows, columns = grid
         crop_of = index // columns * down // rows * across + index % columns * across // columns
         sizes = torch.bincount(crop_of, minlength=crops)
     order = crop_of.argsort(stable=True)
-    place = torch.arange(tokens) - (sizes.cumsum(0) - sizes)[crop_of[order]]
-    slots = torch.zeros(crops, int(sizes.max()), dtype=torch.long)
+    place = index - (sizes.cumsum(0) - sizes)[crop_of[order]]
+    slots = torch.zeros(crops, int(sizes.max()), dtype=torch.long, device="cpu")
     filled = torch.zeros_like(slots, dtype=torch.bool)
     slots[crop_of[order], place] = order
     filled[crop_of[order], place] = True
@@ -163,13 +166,15 @@ def crop_layout(tokens: int, crops: int, grid: tuple[int, int] | None) -> CropLa
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _on_device(layout: CropLayout, device: torch.device) -> CropLayout:
     parts = (layout.slots, layout.filled, layout.sizes)
     return CropLayout(*(part.to(device, non_blocking=True) for part in parts), layout.in_order)
 
 
 def _select(features: Tensor | None, cls_attention: Tensor, keep: int, crops: CropLayout) -> Tensor:
-    attention = crops.split(cls_attention.float()) * crops.filled
+    # NaN cannot be refused without reading it back; as 0 it leaves the quotas whole
+    attention = crops.split(cls_attention.float().nan_to_num(0.0, 0.0, 0.0)) * crops.filled
     score = attention
     if features is not None:
         score = attention + _scaled_diversity(crops.split(features.float()), attention, crops)
