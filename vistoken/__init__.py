@@ -5,7 +5,7 @@
     print(att.report())
     att.detach()
 
-Importing this package loads torch and nothing heavier; model libraries load when they are needed.
+Importing this package loads nothing heavy: torch and model libraries load when they are needed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from vistoken.attachment import Attachment, attach, attachments, detach
 from vistoken.errors import (
     AttachError,
     BackendUnavailable,
@@ -24,15 +23,23 @@ from vistoken.errors import (
     ModelNotSupported,
     VistokenError,
 )
-from vistoken.inspection import inspect
-from vistoken.method import Method
-from vistoken.registry import MethodInfo, list_methods, load_recipe, method_class, method_names
-from vistoken.report import Report
 
 if TYPE_CHECKING:
+    from vistoken.attachment import Attachment, attach, attachments, detach
+    from vistoken.inspection import inspect
+    from vistoken.method import Method
+    from vistoken.registry import (
+        MethodInfo,
+        list_methods,
+        load_recipe,
+        method_class,
+        method_names,
+    )
+    from vistoken.report import Report
     from vistoken.shipped import list_shipped, load_shipped
 
 __all__ = [
+    "DEFAULT_PRUNING",
     "AttachError",
     "Attachment",
     "BackendUnavailable",
@@ -56,7 +63,22 @@ __all__ = [
     "prune_visual_tokens",
 ]
 
-_LAZY = {"load_shipped": "vistoken.shipped", "list_shipped": "vistoken.shipped"}
+# Public name -> the module that holds it, loaded when the name is first asked for.
+_HOMES = {
+    "vistoken.attachment": ("Attachment", "attach", "attachments", "detach"),
+    "vistoken.inspection": ("inspect",),
+    "vistoken.method": ("Method",),
+    "vistoken.registry": (
+        "MethodInfo",
+        "list_methods",
+        "load_recipe",
+        "method_class",
+        "method_names",
+    ),
+    "vistoken.report": ("Report",),
+    "vistoken.shipped": ("list_shipped", "load_shipped"),
+}
+_LAZY = {name: home for home, names in _HOMES.items() for name in names}
 DEFAULT_PRUNING = "holov"
 
 
@@ -76,6 +98,9 @@ def prune_visual_tokens(
     of `vistoken.list_methods("pruning")`. Raises `MethodError`, `ModelNotSupported` or
     `AttachError` before anything is edited.
     """
+    from vistoken.attachment import attach
+    from vistoken.registry import method_class, method_names
+
     chosen = method_class(method)
     if chosen.family != "pruning":
         raise MethodError(
@@ -91,6 +116,8 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     if name[:1].isupper():
+        from vistoken.registry import method_class, method_names
+
         for method in method_names():
             cls = method_class(method)
             if cls.__name__ == name:
