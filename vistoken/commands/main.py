@@ -10,6 +10,7 @@ from vistoken import __version__
 from vistoken.commands.demo import demo
 from vistoken.commands.listing import inspect, methods
 from vistoken.commands.prune import prune
+from vistoken.eval import run, scene_export
 
 app = typer.Typer(
     name="vistoken",
@@ -20,6 +21,8 @@ app = typer.Typer(
 )
 for command in (demo, prune, methods, inspect):
     app.command()(command)
+app.command(name="eval")(run.command)
+app.add_typer(scene_export.app, name="scenes")
 
 
 def _show_version(wanted: bool) -> None:
