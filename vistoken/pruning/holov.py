@@ -168,8 +168,12 @@ def crop_layout(tokens: int, crops: int, grid: tuple[int, int] | None) -> CropLa
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _on_device(layout: CropLayout, device: torch.device) -> CropLayout:
-    parts = (layout.slots, layout.filled, layout.sizes)
-    return CropLayout(*(part.to(device, non_blocking=True) for part in parts), layout.in_order)
+    return CropLayout(
+        layout.slots.to(device, non_blocking=True),
+        layout.filled.to(device, non_blocking=True),
+        layout.sizes.to(device, non_blocking=True),
+        layout.in_order,
+    )
 
 
 def _select(features: Tensor | None, cls_attention: Tensor, keep: int, crops: CropLayout) -> Tensor:
