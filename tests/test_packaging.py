@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from configparser import ConfigParser
 from dataclasses import dataclass
 from email.parser import HeaderParser
 from pathlib import Path
@@ -111,7 +112,7 @@ def test_wheel_metadata(release: Release) -> None:
     assert meta["License-Expression"] == "Apache-2.0"
     assert meta["Requires-Python"] == ">=3.10"
     assert {re.split(r"\W", item)[0] for item in needed} == {"torch", "typer", "rich"}
-    assert {"vlm", "vit", "dit", "eval", "viz", "natten", "dev", "all"} == set(
+    assert {"vlm", "vit", "dit", "eval", "viz", "natten", "lmms", "dev", "all"} == set(
         meta.get_all("Provides-Extra") or []
     )
 
@@ -158,7 +159,9 @@ def probe(release: Release, where: Path, cwd: Path, first: str = "") -> dict[str
 
     Without `site` no other installation of vistoken is found, unless it is a plain one.
     """
-    (command,) = re.findall(r"^vistoken = (\S+)$", release.wheel_text("entry_points.txt"), re.M)
+    points = ConfigParser()
+    points.read_string(release.wheel_text("entry_points.txt"))
+    command = points["console_scripts"]["vistoken"]
     data = [path.relative_to(ROOT) for path in (ROOT / "vistoken/shipped_models").rglob("*")]
     argument = json.dumps([command, [path.as_posix() for path in data]])
     paths = (str(where), sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
