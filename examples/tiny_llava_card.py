@@ -91,7 +91,8 @@ the things.
 
 Only such pictures and only such sentences. Questions that can be answered with yes or no are
 close to saturated; captions, counting and tight budgets are where methods can still differ. One
-picture and one question per prompt. It was trained with the prompt `USER: <image>\\n...
+picture and one question per prompt. Merged or averaged tokens were never seen in training,
+which puts methods that merge at a disadvantage. It was trained with the prompt `USER: <image>\\n...
 ASSISTANT:`. Training runs for a fixed time, so another machine or another run gives slightly
 different weights.
 """
