@@ -171,6 +171,18 @@ def _cell(metric: Metric, row: Mapping[str, Any]) -> str:
     return f"{metric.value(row):.1f}{half}"
 
 
+def readme_table(folder: Path = results.FOLDER) -> str:
+    """Return the Markdown table of the recorded evaluation in `folder`."""
+    report = results.load(folder / f"{NAME}.json", NAME)
+    table = overview(report)
+    note = (
+        f"Per cent ± half the 95 % interval over {report.settings['pictures']} pictures; CHAIR is "
+        "lower for fewer hallucinations, and is to be read with recall and length. "
+        f"{_model(report)}, measured on {results.machine_line(report.machine)}."
+    )
+    return Grid("", table.columns, table.rows, note).to_markdown()
+
+
 def differences(report: results.ResultFile, against: str) -> Grid | None:
     """Return the paired differences of every configuration to the bare model or the control."""
     rows = []

@@ -34,6 +34,7 @@ Maker = Callable[[Path], str]
 TABLES: dict[str, str] = {
     "bench_prune": "vistoken.eval.bench_prune_tables:readme_table",
     "bench_prune_methods": "vistoken.eval.bench_prune_tables:methods_table",
+    "eval": "vistoken.eval.run_report:readme_table",
     "scoreboard": "vistoken.eval.scoreboard_tables:readme_table",
 }
 
