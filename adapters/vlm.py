@@ -30,9 +30,10 @@ from vistoken.adapters.vlm_tower import (
     TowerCall,
     current_call,
 )
-from vistoken.contract import Host, Place, Signal, Stage
+from vistoken.contract import Place, Signal, Stage
 from vistoken.edits import Edits
 from vistoken.errors import AttachError, DataError
+from vistoken.host import Host
 from vistoken.kernels import gather_tokens
 from vistoken.method import Method
 from vistoken.pruning import Pruner

@@ -246,7 +246,7 @@ GOOD = [
     ("vistoken/a.py", "if TYPE_CHECKING:\n    from transformers import PreTrainedModel"),
     ("vistoken/registry.py", LAZY + "importlib.import_module(f'vistoken.adapters.{name}')"),
     ("vistoken/pruning/a.py", "from ..method import Method\nfrom vistoken.kernels import gather"),
-    ("adapters/a.py", "from vistoken.contract import Host\n" + LAZY + "import transformers"),
+    ("adapters/a.py", "from vistoken.host import Host\n" + LAZY + "import transformers"),
     ("eval/a.py", "import vistoken.eval\nfrom vistoken import __version__, attach\nimport rich"),
     ("eval/a.py", "import vistoken\nvistoken.attach(vistoken.eval.scenes.draw())"),
     ("eval/a.py", "from vistoken.pruning import holov\n" + LAZY + "import numpy as np"),

@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from vistoken import __version__, registry
-from vistoken.contract import Host, Place, Stage
+from vistoken.contract import Place, Stage
 from vistoken.edits import Edits
 from vistoken.errors import AttachError, MethodError, VistokenError
+from vistoken.host import Host
 from vistoken.method import Method
 from vistoken.report import Ledger, Report
 

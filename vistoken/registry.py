@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from vistoken.contract import Host
 from vistoken.errors import DataError, MethodError, ModelNotSupported
+from vistoken.host import Host
 from vistoken.method import Method, nearest
 
 FAMILIES = {"pruning": "vistoken.pruning"}

@@ -1,0 +1,52 @@
+"""Hosts: what a file of `adapters/` provides for one model family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from torch import nn
+
+from vistoken.contract import ModelFacts, Place, Signal, Stage
+from vistoken.edits import Edits
+from vistoken.method import Method
+from vistoken.report import Ledger
+
+
+class Host(ABC):
+    """One model family: how to recognise it, read its signals and act at its places.
+
+    A host is one file in `adapters/`. The class attributes are all that `list_methods` needs, so
+    the file must not import a model library at module level. The constructor looks for every part
+    it will use and raises `ModelNotSupported`, naming what is missing; it edits nothing.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    classes: ClassVar[tuple[str, ...]]  # class names looked for in the model's MRO
+    signals: ClassVar[frozenset[Signal]]
+    places: ClassVar[frozenset[Place]]
+
+    model: Any  # a module whose attributes the host knows and the type checker does not
+    facts: ModelFacts
+
+    @abstractmethod
+    def __init__(self, model: nn.Module) -> None: ...
+
+    @classmethod
+    def recognises(cls, model: nn.Module) -> bool:
+        """Whether `model` is of this family, judged by the class names in its MRO."""
+        return any(base.__name__ in cls.classes for base in type(model).__mro__)
+
+    @classmethod
+    def missing(cls, places: Iterable[Place], signals: Iterable[Signal]) -> list[str]:
+        """Names of the wanted places and signals that this host does not offer."""
+        lacking = [place.value for place in places if place not in cls.places]
+        return lacking + [signal.value for signal in signals if signal not in cls.signals]
+
+    @abstractmethod
+    def install(
+        self, method: Method, stages: tuple[Stage, ...], edits: Edits, ledger: Ledger
+    ) -> None:
+        """Put `method` into the model through `edits`; report every call to `ledger`."""
