@@ -152,7 +152,7 @@ def shares_prefix(model: Any) -> bool:
     """Whether decoding from a shared prefix gives what greedy `generate` gives on this model.
 
     It does for known model types, without logits processors, and while only pruning methods are
-    attached: others may act in `generate` alone.
+    attached that choose by the picture alone: others see the question, which a prefix lacks.
     """
     from transformers import GenerationConfig
 
@@ -166,7 +166,7 @@ def shares_prefix(model: Any) -> bool:
     return (
         getattr(model.config, "model_type", None) in SHARED_PREFIX_TYPES
         and not changed
-        and all(method.family == "pruning" for method in methods)
+        and all(method.family == "pruning" and not method.follows_text for method in methods)
     )
 
 
@@ -245,23 +245,22 @@ def _go_on(model: Any, cache: Any, cut: int, texts: Sequence[Ids], limit: int) -
 def _by_generate(
     model: Any, pixels: Tensor, prompts: Sequence[Sequence[Ids]], limit: int
 ) -> list[list[Answer]]:
-    """Answer all prompts about one picture after the other with the model's own `generate`."""
-    answers = []
-    for picture, row in zip(pixels, prompts, strict=True):
-        ids, mask = pad_left(row, _pad_id(model), model.device)
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            pixel_values=picture.expand(len(row), *picture.shape),
-            max_new_tokens=limit,
-            do_sample=False,
-            num_beams=1,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        new = out.sequences[:, ids.shape[1] :]
-        answers.append(_cut_at_stop(new, out.logits[0].float(), stop_ids(model)))
-    return answers
+    """Answer all prompts about the pictures with one call of the model's own `generate`."""
+    ids, mask = pad_left([ids for row in prompts for ids in row], _pad_id(model), model.device)
+    times = torch.tensor([len(row) for row in prompts], device=pixels.device)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        pixel_values=pixels.repeat_interleave(times, dim=0),
+        max_new_tokens=limit,
+        do_sample=False,
+        num_beams=1,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    new = out.sequences[:, ids.shape[1] :]
+    found = iter(_cut_at_stop(new, out.logits[0].float(), stop_ids(model)))
+    return [[next(found) for _ in row] for row in prompts]
 
 
 def generate_answers(

@@ -1,7 +1,8 @@
-"""What a pruned model must satisfy before a benchmark times it.
+"""What a model pruned before the LLM must satisfy before a benchmark times it.
 
 The oracle takes another way than the library: it picks the features out by hand, writes the
-shortened prompt in plain Python lists, and gives both to the bare model as `inputs_embeds`.
+shortened prompt in plain Python lists, and gives both to the bare model as `inputs_embeds`. For
+methods that merge tokens, or act inside the tower or the LLM, see `bench_rows`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import vistoken
 from vistoken.errors import DataError
 from vistoken.eval.bench_models import Inputs, borders
+from vistoken.eval.bench_variants import Variant
 from vistoken.eval.timing import CheckFailed
 from vistoken.pruning import pooling
 
@@ -25,32 +26,12 @@ BUDGETS = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 0.0}
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A method with its options; `merged` if its tokens are averages rather than picks."""
-
-    method: str
-    options: tuple[tuple[str, Any], ...] = ()
-    merged: bool = False
-
-    @property
-    def label(self) -> str:
-        """The name in tables, such as `holov (paper)`."""
-        values = ", ".join(str(value) for _, value in self.options)
-        return f"{self.method} ({values})" if values else self.method
-
-    def attach(self, model: Any, keep: int) -> vistoken.Attachment:
-        """Attach the method to `model` with `keep` tokens per picture."""
-        options = dict(self.options)
-        return vistoken.prune_visual_tokens(model, keep=keep, method=self.method, **options)
-
-
-@dataclass(frozen=True)
 class Agreement:
-    """Relative distances ‖pruned - oracle‖ / ‖oracle‖ of logits, the worst over all positions.
+    """Relative distances ‖pruned - reference‖ / ‖reference‖ of logits, the worst of all positions.
 
-    logits: of the prefill. decode: of one step after it. control: of the oracle given the wrong
-    tokens (each feature is its neighbour's), which the budget must tell from the right ones.
-    kept: the report's indices, one list per picture.
+    logits: of the prefill. decode: of one step after it. control: of a result that is wrong for
+    sure (of the oracle: each feature is its neighbour's), which the budget must tell from the
+    right one. kept: the report's indices, one list per picture. reference: what was compared with.
     """
 
     logits: float
@@ -58,10 +39,11 @@ class Agreement:
     control: float
     budget: float
     kept: list[list[int]]
+    reference: str = "oracle"
 
-    def to_dict(self) -> dict[str, float]:
-        """Return the distances and the budget."""
-        names = ("logits", "decode", "control", "budget")
+    def to_dict(self) -> dict[str, Any]:
+        """Return the reference, the distances and the budget."""
+        names = ("reference", "logits", "decode", "control", "budget")
         return {name: getattr(self, name) for name in names}
 
 
@@ -80,9 +62,10 @@ def compare_with_oracle(model: Any, inputs: Inputs, variant: Variant, keep: int)
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
         step = model(input_ids=token, past_key_values=out.past_key_values, attention_mask=mask)
     kept = [indices.tolist() for indices in report.kept]
-    _check_kept(kept, keep, len(inputs["pixel_values"]), _visual_tokens(inputs, model))
+    check_kept(kept, keep, len(inputs["pixel_values"]), visual_tokens(inputs, model))
 
-    encoded = model.get_image_features(inputs["pixel_values"], return_dict=True)
+    vision = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    encoded = model.get_image_features(**vision, return_dict=True)
     features = torch.stack(list(encoded.pooler_output))
     right = _oracle(model, inputs, kept, _chosen(features, kept, variant), token)
     wrong = _chosen(features.roll(1, dims=1), kept, variant)
@@ -94,7 +77,7 @@ def compare_with_oracle(model: Any, inputs: Inputs, variant: Variant, keep: int)
         budget=BUDGETS[features.dtype],
         kept=kept,
     )
-    _check_agreement(found, variant, keep)
+    check_agreement(found, variant, keep)
     return found
 
 
@@ -109,7 +92,8 @@ def distance(value: Tensor, reference: Tensor) -> float:
     return float(((value - reference).norm(dim=-1) / norm).max())
 
 
-def _check_kept(kept: list[list[int]], keep: int, images: int, tokens: int) -> None:
+def check_kept(kept: list[list[int]], keep: int, images: int, tokens: int) -> None:
+    """Raise `CheckFailed` unless each of `images` lists holds `keep` ascending indices."""
     counts = [len(indices) for indices in kept]
     if counts != [keep] * images:
         raise CheckFailed(f"the report counts {counts} kept tokens, not {keep} of {images} images")
@@ -119,13 +103,15 @@ def _check_kept(kept: list[list[int]], keep: int, images: int, tokens: int) -> N
             raise CheckFailed(f"kept indices are not ascending within 0..{tokens - 1}: {indices}")
 
 
-def _check_agreement(found: Agreement, variant: Variant, keep: int) -> None:
+def check_agreement(found: Agreement, variant: Variant, keep: int) -> None:
+    """Raise `CheckFailed` if a distance lies outside the budget, or the control within twice it."""
     name = f"{variant.label} at {keep} tokens"
     for what in ("logits", "decode"):
         value = getattr(found, what)
         if not value <= found.budget:
             raise CheckFailed(
-                f"{name}: {what} differ from the oracle by {value:.2e}, budget {found.budget:.0e}"
+                f"{name}: {what} differ from the {found.reference} by {value:.2e}, "
+                f"budget {found.budget:.0e}"
             )
     if not found.control > 2 * found.budget:
         raise CheckFailed(
@@ -133,7 +119,8 @@ def _check_agreement(found: Agreement, variant: Variant, keep: int) -> None:
         )
 
 
-def _visual_tokens(inputs: Inputs, model: Any) -> int:
+def visual_tokens(inputs: Inputs, model: Any) -> int:
+    """Placeholders of one picture in the prompt."""
     placeholders = int((inputs["input_ids"] == model.config.image_token_id).sum())
     return placeholders // len(inputs["pixel_values"])
 

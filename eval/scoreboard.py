@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,133 +25,23 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import vistoken
 from vistoken.errors import DataError, VistokenError
 from vistoken.eval import results, stats
-from vistoken.eval.answers import Exam, answer, generate_answers, prepare
+from vistoken.eval.answers import Exam, answer, generate_answers
+from vistoken.eval.scoreboard_questions import (
+    SceneResult,
+    Settings,
+    ask,
+    by_picture,
+    score,
+    to_prompt,
+    versus_measure,
+)
 from vistoken.eval.scoreboard_tables import NAME, SCORED, details, note, overview
 
-PROMPT = "USER: {image}\n{question} ASSISTANT:"
 LONGEST_ANSWER = 8
 _CHECKED_PICTURES = 2
+_BATCHES = {"cuda": 32}  # pictures read at once
 
 Watch = Callable[[str, int], object]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SceneRow(stats.Row):
-    """One answer to one question about a scene."""
-
-    task: str
-    truth: str
-    answer: str
-    correct: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class SceneResult(stats.Result):
-    """Share of right answers, over all questions and by task."""
-
-    protocol: ClassVar[str] = "scenes"
-    totals: ClassVar[tuple[str, ...]] = tuple(
-        f"{what}_{task}" for task in SCORED for what in ("right", "asked")
-    )
-
-    @staticmethod
-    def tally(rows: Sequence[Any]) -> Sequence[float]:
-        """Return right and asked of every task."""
-        found: list[float] = []
-        for task in SCORED:
-            asked = [row.correct for row in rows if row.task == task]
-            found += [float(sum(asked)), float(len(asked))]
-        return found
-
-    @staticmethod
-    def measure(totals: Sequence[float]) -> dict[str, float]:
-        """Return `accuracy` over all questions, and the accuracy of each task."""
-        right, asked = totals[::2], totals[1::2]
-        metrics = {"accuracy": stats.ratio(sum(right), sum(asked))}
-        tasks = zip(SCORED, right, asked, strict=True)
-        return metrics | {task: stats.ratio(part, whole) for task, part, whole in tasks}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a scoreboard measures; `seeds` is how many seeds the random control has."""
-
-    model: str = "tiny-llava"
-    methods: tuple[str, ...] = ("holov", "cls_topk", "uniform", "random")
-    keeps: tuple[int, ...] = (192, 128, 64, 32)
-    questions: int = 300
-    seeds: int = 3
-    split: str = "test"
-    start: int = 0
-    negatives: str = "random"
-    resamples: int = 1000
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Questions about scenes: one list of questions for each picture, and the same as an exam."""
-
-    pictures: list[Any]
-    questions: list[list[Any]]
-    exam: Exam
-
-    @property
-    def prompts(self) -> list[list[str]]:
-        """The questions as texts alone."""
-        return [[question.text for question in row] for row in self.questions]
-
-
-def ask(processor: Any, settings: Settings) -> Asked:
-    """Make the first `settings.questions` questions about scenes, and their pictures."""
-    from vistoken.eval.scenes import draw, make_scene, questions
-
-    if settings.questions < 1:
-        raise DataError(f"questions must be at least 1, got {settings.questions}")
-    pictures: list[Any] = []
-    asked: list[list[Any]] = []
-    missing = settings.questions
-    while missing > 0:
-        scene = make_scene(settings.start + len(pictures), settings.split)
-        row = questions(scene, tasks=SCORED, negatives=settings.negatives)[:missing]
-        pictures.append(draw(scene))
-        asked.append(row)
-        missing -= len(row)
-    prompts = [[to_prompt(processor, q.text) for q in row] for row in asked]
-    return Asked(pictures, asked, prepare(processor, pictures, prompts))
-
-
-def to_prompt(processor: Any, question: str) -> str:
-    """Return the prompt of a question, in the words the shipped model was trained with."""
-    return PROMPT.format(image=processor.image_token, question=question)
-
-
-def score(asked: Asked, answers: Sequence[Sequence[Sequence[str]]], settings: Settings) -> Any:
-    """Score the answers of one or more runs (seeds) over the same questions: a `SceneResult`."""
-    rows = [
-        SceneRow(
-            id=(run, question.question_id),
-            group=question.image_id,
-            task=question.task,
-            truth=question.answer,
-            answer=text,
-            correct=text.lower().rstrip(".") == question.answer,
-        )
-        for run, given in enumerate(answers)
-        for questions, texts in zip(asked.questions, given, strict=True)
-        for question, text in zip(questions, texts, strict=True)
-    ]
-    empty = sum(not row.answer for row in rows)
-    return stats.summarize(
-        SceneResult, rows, empty=empty, unparsed=empty, resamples=settings.resamples
-    )
-
-
-def by_picture(result: Any, runs: int) -> list[list[float]]:
-    """Return the totals of each picture, as the mean over `runs` runs."""
-    groups: dict[Hashable, list[Any]] = {}
-    for row in result.rows:
-        groups.setdefault(row.group, []).append(row)
-    return [[value / runs for value in SceneResult.tally(rows)] for rows in groups.values()]
 
 
 class Scoreboard:
@@ -162,6 +52,7 @@ class Scoreboard:
         self.settings, self.watch = settings, watch
         self.asked = ask(processor, settings)
         self.dense: Any = None
+        self.totals: dict[tuple[str | None, int], list[list[float]]] = {}
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Measure the bare model, then every method at every budget below all tokens."""
@@ -169,8 +60,8 @@ class Scoreboard:
         yield self.row(None, total)
         for keep in sorted(set(self.settings.keeps), reverse=True):
             if keep < total:
-                for method in self.settings.methods:
-                    yield self.row(method, keep)
+                rows = [self.row(method, keep) for method in self.settings.methods]
+                yield from (row | self._versus(row) for row in rows)
 
     def row(self, method: str | None, keep: int) -> dict[str, Any]:
         """Measure one method at one budget; None is the bare model, which comes first."""
@@ -193,6 +84,7 @@ class Scoreboard:
         result = score(self.asked, answers, self.settings)
         if method is None:
             self.dense = result
+        self.totals[method, keep] = by_picture(result, seeds)
         return {
             "method": method,
             "keep": keep,
@@ -202,17 +94,33 @@ class Scoreboard:
             "seconds": round(seconds, 2),
         }
 
+    def _versus(self, row: dict[str, Any]) -> dict[str, Any]:
+        """How far the method of `versus` lies above a row, and the interval of that."""
+        versus, keep = self.settings.versus, row["keep"]
+        best = self.totals.get((versus, keep))
+        if versus is None or best is None or row["method"] == versus:
+            return {}
+        change = stats.paired_bootstrap(
+            self.totals[row["method"], keep],
+            best,
+            versus_measure,
+            resamples=self.settings.resamples,
+        )["accuracy"]
+        low, high = round(change.interval.low, 4), round(change.interval.high, 4)
+        return {"versus": {"value": round(change.value, 4), "interval": [low, high]}}
+
     def _answer(self, label: str) -> list[list[str]]:
         return answer(
             self.model,
             self.processor,
             self.asked.exam,
             max_new_tokens=LONGEST_ANSWER,
+            batch=_BATCHES.get(self.model.device.type, 4),
             progress=lambda done: self.watch(label, done),
         )
 
-    def _costs(self, attached: Any) -> dict[str, int]:
-        """FLOPs and KV bytes of the prefill of one picture and one question."""
+    def _costs(self, attached: Any) -> dict[str, float]:
+        """FLOPs, KV bytes and mean tokens in a layer, for one picture and one question."""
         import torch
 
         ids = torch.tensor([self.asked.exam.prompts[0][0]], device=self.model.device)
@@ -220,7 +128,7 @@ class Scoreboard:
         with torch.no_grad():
             self.model(input_ids=ids, pixel_values=pixels, logits_to_keep=1)
         report = attached.report().to_dict()
-        return {name: report[name] for name in ("flops", "kv_bytes")}
+        return {name: report[name] for name in ("flops", "kv_bytes", "mean_tokens")}
 
     def _metrics(self, result: Any, seeds: int) -> dict[str, Any]:
         """Accuracies with their intervals, and the difference to the bare model."""
@@ -331,11 +239,19 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise DataError(f"expected whole numbers with commas between, got {text!r}") from error
 
 
+def _methods(text: str) -> tuple[str, ...]:
+    if text != "all":
+        return tuple(text.split(","))
+    return tuple(row.name for row in vistoken.list_methods("pruning"))
+
+
 def main(
-    methods: Annotated[str, typer.Option(help="methods")] = ",".join(Settings.methods),
+    methods: Annotated[str, typer.Option(help="methods, or 'all'")] = ",".join(Settings.methods),
+    versus: Annotated[str | None, typer.Option(help="method to compare the others with")] = None,
     keep: Annotated[str, typer.Option(help="visual tokens kept")] = "192,128,64,32",
     questions: Annotated[int, typer.Option(help="questions", min=1)] = Settings.questions,
     seeds: Annotated[int, typer.Option(help="seeds of random", min=1)] = Settings.seeds,
+    scene_seeds: Annotated[int, typer.Option(help="seeds of scenes", min=1)] = 1,
     start: Annotated[int, typer.Option(help="first picture", min=0)] = Settings.start,
     negatives: Annotated[str, typer.Option(help="absent things asked for")] = Settings.negatives,
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
@@ -345,10 +261,12 @@ def main(
     """Measure the accuracy of the shipped model under every method and budget."""
     try:
         settings = Settings(
-            methods=tuple(methods.split(",")),
+            methods=_methods(methods),
+            versus=versus,
             keeps=_numbers(keep),
             questions=questions,
             seeds=seeds,
+            scene_seeds=scene_seeds,
             start=start,
             negatives=negatives,
         )

@@ -15,6 +15,7 @@ from vistoken.eval.tables import Grid
 
 NAME = "scoreboard"
 SCORED = ("exists", "color", "count", "quadrant")
+VERSUS_TASKS = ("exists", "color")
 _TITLES = {"exists": "yes/no", "quadrant": "where"}
 _COSTS = (("flops", 1e9, "prefill, GFLOP"), ("kv_bytes", 2**20, "KV cache, MiB"))
 
@@ -91,6 +92,10 @@ def overview(result: results.ResultFile) -> Table:
 def details(result: results.ResultFile) -> Grid:
     """Return every row with its tasks and its difference to the bare model."""
     columns = ["<tokens", "<method", "accuracy", "to bare", *(_TITLES.get(t, t) for t in SCORED)]
+    columns.append("tokens a layer")
+    versus = result.settings.get("versus")
+    if versus:
+        columns.append(f"{versus} above it")
     rows = []
     for row in result.rows:
         change = row.get("difference") if row["method"] else None
@@ -98,7 +103,13 @@ def details(result: results.ResultFile) -> Grid:
         if change:
             shown = f"{100 * change['value']:+.1f} {_range(change['interval'], '+')}"
         tasks = [f"{100 * row['tasks'][task]:.1f}" for task in SCORED]
-        rows.append([str(row["keep"]), title_of(row), percent(row), shown, *tasks])
+        cells = [str(row["keep"]), title_of(row), percent(row), shown, *tasks]
+        cells.append(f"{row['mean_tokens']:.1f}" if "mean_tokens" in row else "")
+        if versus:
+            above = row.get("versus")
+            text = f"{100 * above['value']:+.1f} {_range(above['interval'], '+')}" if above else ""
+            cells.append(text)
+        rows.append(cells)
     return Grid("Accuracy by method, budget and task", columns, rows)
 
 

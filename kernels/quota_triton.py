@@ -34,7 +34,7 @@ def _split_quota_kernel(
     sizes = tl.load(sizes_ptr + lane, mask=inside, other=0)
     total = tl.sum(weight, 0)
     weight = tl.where(total > 0, weight, 1.0)
-    total = tl.where(total > 0, total, groups.to(tl.float32))
+    total = tl.where(total > 0, total, groups * 1.0)
     weight = tl.div_rn(weight, tl.zeros_like(weight) + total)
     weight = tl.where(inside, tl.maximum(weight, _TINY), 0.0)
     heavier = (weight[None, :] > weight[:, None]) | (

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 import tiny
+from vistoken.pictures import Picture
+from vistoken.registry import recognise
 
 # Options that a method needs to be itself on a tiny grid, beyond the budget.
 OPTIONS: dict[str, dict[str, Any]] = {"holov": {"crops": 4}}
@@ -16,7 +18,12 @@ OPTIONS: dict[str, dict[str, Any]] = {"holov": {"crops": 4}}
 
 @dataclass(frozen=True)
 class HostCase:
-    """How to build a tiny model of one host and inputs for it."""
+    """How to build a tiny model of one host and inputs for it.
+
+    one(seed): a prompt with one picture of `tokens` visual tokens, newline tokens included; keep: a
+    budget for it. many(): a left-padded batch of several pictures, with a row that has two and a
+    row that has none, and its rows as single calls. The LLM has at least 4 layers.
+    """
 
     name: str
     build: Callable[[], Any]
@@ -24,6 +31,16 @@ class HostCase:
     many: Callable[[], tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]]
     tokens: int
     keep: int
+
+    def picture(self, model: Any) -> Picture:
+        """The geometry of the picture of `one`."""
+        from vistoken.adapters.vlm_pipeline import Pipeline
+
+        pipeline = Pipeline(recognise(model), ())
+        given = self.one(0)
+        vision = pipeline.vision_of(given)
+        (found,) = pipeline.read(given["input_ids"], None, None, None, vision).pictures
+        return found
 
 
 def _llava_one(seed: int) -> dict[str, torch.Tensor]:

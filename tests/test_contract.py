@@ -13,10 +13,10 @@ import torch
 import tiny
 import vistoken
 import vistoken.pruning
+from vistoken.adapters.llava import LlavaHost
 from vistoken.contract import Place, Selection, Signal, Stage, View
 from vistoken.errors import AttachError, MethodError
 from vistoken.pruning import Pruner
-from vistoken.registry import host_classes
 
 pytest.importorskip("transformers")
 
@@ -68,7 +68,7 @@ def two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_one_file_adds_a_method(two_steps: str) -> None:
     row = next(row for row in vistoken.list_methods("pruning") if row.name == two_steps)
-    assert row.hosts == ("llava",)
+    assert "llava" in row.hosts and "qwen2_5_vl" not in row.hosts
     model = tiny.tiny_llava(vision_layers=5)
     inputs = tiny.one_image()
     dense = model(**inputs).logits
@@ -144,6 +144,8 @@ class _Look(Pruner):
             Signal.VISION_KEYS,
             Signal.VISION_VALUES,
             Signal.IMAGE_KEY,
+            Signal.SIZES,
+            Signal.TEXT_EMBEDDINGS,
         }
     )
     seen: list[dict[Signal, Any]] = []
@@ -151,7 +153,7 @@ class _Look(Pruner):
     def select(self, view: View, keep: int) -> Selection:
         type(self).seen.append({signal: view.read(signal) for signal in self.signals})
         with pytest.raises(KeyError, match="did not ask"):
-            view.read(Signal.TEXT_EMBEDDINGS)
+            view.read(Signal.LLM_ATTENTION)
         return Selection(torch.arange(keep).expand(view.images, keep))
 
 
@@ -161,7 +163,8 @@ def test_signals_are_what_they_say(feature_layer: int | list[int]) -> None:
     pixels = tiny.pictures(2, seed=3)
     inputs = {**tiny.batch(tiny.prompt("image", 3, "image")), "pixel_values": pixels}
     _Look.seen.clear()
-    assert _Look.signals == host_classes()[0].signals, "test every signal the host offers"
+    inside = {Signal.HIDDEN, Signal.LLM_ATTENTION}  # these have tests of their own
+    assert _Look.signals | inside == LlavaHost.signals, "test every signal the host offers"
     with vistoken.attach(model, _Look(keep=4)):
         model(**inputs)
     (seen,) = _Look.seen
@@ -185,10 +188,15 @@ def test_signals_are_what_they_say(feature_layer: int | list[int]) -> None:
         (Signal.VISION_VALUES, "v_proj"),
     ):
         flat = getattr(attention, name)(normed)
-        expected = flat.view(2, -1, 4, 8).permute(0, 2, 1, 3)
+        expected = flat.view(2, -1, 4, 8).permute(0, 2, 1, 3)[:, :, 1:]  # no CLS token here
         assert torch.allclose(seen[signal], expected, atol=1e-5), name
     keys = seen[Signal.IMAGE_KEY]
     assert keys.dtype == torch.int64 and keys.shape == (2,) and keys[0] != keys[1]
+    assert torch.cat(list(seen[Signal.SIZES])).tolist() == [1.0] * 2 * tiny.TOKENS
+    text = seen[Signal.TEXT_EMBEDDINGS]  # nothing follows the second picture: all text of the row
+    words = torch.tensor([1, *inputs["input_ids"][0, 37:40].tolist()])
+    assert torch.equal(text.embeddings, model.get_input_embeddings()(words).expand(2, -1, -1))
+    assert bool(text.mask.all())
 
 
 def test_half_precision_models_read_the_row_in_fp32() -> None:
@@ -221,8 +229,9 @@ class _Needs(Pruner):
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
-        (Stage(Place.PROJECTED, None, frozenset({Signal.TEXT_EMBEDDINGS})), "text embeddings"),
-        (Stage(Place.LLM_LAYER, 2), "LLM layer"),
+        (Stage(Place.OUTPUT_LOGITS), "output logits"),
+        (Stage(Place.LLM_LAYER, 3), "layers 0 to 2 can be"),
+        (Stage(Place.LLM_LAYER, -1), "LLM layer -1"),
         (Stage(Place.VISION_LAYER, 3), "layers 0 to 1"),
         (Stage(Place.VISION_LAYER, -1), "vision layer -1"),
     ],

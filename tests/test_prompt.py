@@ -10,24 +10,23 @@ import torch
 from torch import Tensor
 
 from vistoken.errors import DataError
-from vistoken.prompt import Shortening, positions_from_mask, read_layout, shorten
+from vistoken.prompt import Layout, Shortening, positions_from_mask, read_layout, shorten
 
 PAD, IMAGE = 0, 9
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """A batch as lists: ids and mask [B, L], what each image keeps, whether the mask is given."""
+    """A batch as lists: ids and mask [B, L], each image's tokens and what it keeps of them.
+
+    masked: whether the mask is given.
+    """
 
     ids: list[list[int]]
     mask: list[list[int]]
-    tokens: int
+    tokens: list[int]
     kept: list[list[int]]
     masked: bool = True
-
-    @property
-    def images(self) -> int:
-        return sum(row.count(IMAGE) for row in self.ids) // self.tokens
 
     @property
     def pads_right(self) -> bool:
@@ -36,8 +35,19 @@ class Prompts:
 
     def plan(self) -> Shortening:
         mask = torch.tensor(self.mask) if self.masked else None
-        layout = read_layout(torch.tensor(self.ids) == IMAGE, self.images, self.tokens, mask)
-        return shorten(layout, torch.tensor(self.kept))
+        layout = read(torch.tensor(self.ids), self.tokens, mask)
+        return cut(layout, self.kept)
+
+
+def read(ids: Tensor, tokens: list[int], mask: Tensor | None = None) -> Layout:
+    """The layout of prompts whose pictures are all of one kind."""
+    return read_layout((ids == IMAGE).long(), [(1, count) for count in tokens], mask)
+
+
+def cut(layout: Layout, kept: list[list[int]]) -> Shortening:
+    """The plan in which each picture keeps the tokens listed for it."""
+    flat = torch.tensor([token for own in kept for token in own], dtype=torch.long)
+    return shorten(layout, flat, [len(own) for own in kept])
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ def oracle(prompts: Prompts, other_side: bool = False) -> Expected:
             if token != IMAGE:
                 continue
             open_image.append(c)
-            if len(open_image) == prompts.tokens:
+            if len(open_image) == prompts.tokens[len(columns)]:
                 keep = prompts.kept[len(columns)]
                 dropped |= {(r, c) for i, c in enumerate(open_image) if i not in keep}
                 kept_columns.append([open_image[i] for i in keep])
@@ -97,15 +107,18 @@ def oracle(prompts: Prompts, other_side: bool = False) -> Expected:
 
 def make(draw: random.Random) -> Prompts:
     """A random batch: 1-5 rows of 0-3 images, padded on the left, on the right or on both sides."""
-    tokens = draw.choice([1, 2, 5, 9])
-    rows = []
+    same = draw.choice([0, 1, 2, 5, 9])
+    rows, tokens = [], []
     for _ in range(draw.randint(1, 5)):
         row = [draw.randint(1, 8) for _ in range(draw.choice([0, 1, 3]))]
         for _ in range(draw.choice([0, 1, 1, 2, 3])):
-            row += [IMAGE] * tokens + [draw.randint(1, 8) for _ in range(draw.choice([0, 0, 1, 4]))]
+            tokens.append(same or draw.randint(1, 9))
+            row += [IMAGE] * tokens[-1]
+            row += [draw.randint(1, 8) for _ in range(draw.choice([0, 0, 1, 4]))]
         rows.append(row or [1])
-    if not any(IMAGE in row for row in rows):
-        rows[0] = [IMAGE] * tokens
+    if not tokens:
+        tokens = [same or 3]
+        rows[0] = [IMAGE] * tokens[0]
     length = max(map(len, rows)) + draw.choice([0, 0, 2])
     ids, mask = [], []
     for row in rows:
@@ -114,18 +127,24 @@ def make(draw: random.Random) -> Prompts:
         ids.append([PAD] * before + row + [PAD] * after)
         inside = [int(0 < i < len(row) - 1 and draw.random() < 0.1) for i in range(len(row))]
         mask.append([0] * before + [1 - hidden for hidden in inside] + [0] * after)
-    keep = draw.choice([1, tokens, draw.randint(1, tokens)])
-    images = sum(row.count(IMAGE) for row in rows) // tokens
-    kept = [sorted(draw.sample(range(tokens), keep)) for _ in range(images)]
+    most = draw.randint(1, 9) if draw.random() < 0.5 else 0
+    kept = [sorted(draw.sample(range(n), min(most or draw.randint(1, n), n))) for n in tokens]
     return Prompts(ids, mask, tokens, kept, draw.random() < 0.7)
+
+
+def _span(slots: list[int | None]) -> list[int]:
+    """First column that is not padding, and one past the last."""
+    filled = [i for i, c in enumerate(slots) if c is not None]
+    return [filled[0], filled[-1] + 1]
 
 
 def mistakes(prompts: Prompts, plan: Shortening, other_side: bool = False) -> list[str]:
     """The parts of a plan that differ from the oracle."""
     expected = oracle(prompts, other_side)
     slots = expected.slots
-    rows = [[r for r, _ in image] for image in expected.landed]
-    landed = [[c for _, c in image] for image in expected.landed]
+    rows = [r for image in expected.landed for r, _ in image]
+    landed = [c for image in expected.landed for _, c in image]
+    again = read(plan.take(torch.tensor(prompts.ids), PAD), list(plan.short.tokens))
     mask = [
         [0 if c is None else row[c] for c in own]
         for row, own in zip(prompts.mask, slots, strict=True)
@@ -142,8 +161,12 @@ def mistakes(prompts: Prompts, plan: Shortening, other_side: bool = False) -> li
     checks = {
         "rows": list(plan.layout.image_rows) == expected.image_rows,
         "starts": list(plan.layout.image_starts) == [image[0] for image in expected.columns],
-        "counts": plan.layout.images_per_row
-        == [expected.image_rows.count(r) for r in range(len(prompts.ids))],
+        "short layout": (plan.short.image_rows, plan.short.image_starts, plan.short.length)
+        == (again.image_rows, again.image_starts, again.length),
+        "short rows": [[s, e] for s, e in zip(plan.short.starts, plan.short.ends, strict=True)]
+        == [_span(own) for own in slots],
+        "ranks": plan.own.tolist() == [i for own in prompts.kept for i in range(len(own))],
+        "padded": plan.padded == any(None in own for own in slots),
         "length": plan.length == len(slots[0]),
         "index": plan.index.tolist() == [[c or 0 for c in own] for own in slots],
         "padding": plan.padding.tolist() == [[c is None for c in own] for own in slots],
@@ -173,7 +196,8 @@ def test_a_wrong_plan_would_be_seen() -> None:
         prompts = make(draw)
         other_side += bool(mistakes(prompts, prompts.plan(), True))
         no_mask += bool(mistakes(prompts, replace(prompts, masked=False).plan()))
-        shifted = [sorted((i + 1) % prompts.tokens for i in kept) for kept in prompts.kept]
+        pairs = zip(prompts.kept, prompts.tokens, strict=True)
+        shifted = [sorted((i + 1) % n for i in kept) for kept, n in pairs]
         wrong = replace(prompts, kept=shifted)
         other_tokens += bool(mistakes(prompts, wrong.plan()))
     assert min(other_side, other_tokens, no_mask) > 25
@@ -182,31 +206,30 @@ def test_a_wrong_plan_would_be_seen() -> None:
 def test_a_batch_written_out() -> None:
     """Two rows of one image with 3 tokens each, the second one left-padded; token 1 is dropped."""
     ids = torch.tensor([[5, 9, 9, 9, 6, 7], [0, 0, 9, 9, 9, 8]])
-    kept = torch.tensor([[0, 2], [0, 2]])
-    plan = shorten(read_layout(ids == IMAGE, 2, 3, ids != PAD), kept)
+    kept = [[0, 2], [0, 2]]
+    plan = cut(read(ids, [3, 3], ids != PAD), kept)
     assert plan.take(ids, PAD).tolist() == [[5, 9, 9, 6, 7], [0, 0, 9, 9, 8]]
     assert plan.padding.tolist() == [[False] * 5, [True, True, False, False, False]]
-    assert plan.visual_columns.tolist() == [[1, 2], [2, 3]]
+    assert plan.visual_columns.tolist() == [1, 2, 2, 3]
     assert plan.removed.tolist() == [1, 1]
     positions = positions_from_mask(ids != PAD)
     assert plan.renumber(positions).tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]]
     turned = torch.tensor([[5, 9, 9, 9, 6, 7], [9, 9, 9, 8, 0, 0]])
-    right = shorten(read_layout(turned == IMAGE, 2, 3, turned != PAD), kept)
+    right = cut(read(turned, [3, 3], turned != PAD), kept)
     assert right.take(turned, PAD).tolist() == [[5, 9, 9, 6, 7], [9, 9, 8, 0, 0]]
-    assert right.visual_columns.tolist() == [[1, 2], [0, 1]]
+    assert right.visual_columns.tolist() == [1, 2, 0, 1]
 
 
 def test_rows_with_fewer_images_end_up_longest() -> None:
     """Equal long rows; the row with two images loses more, so it is the one that is padded."""
     ids = torch.tensor([[9, 9, 9, 9], [9, 9, 4, 5]])
-    layout = read_layout(ids == IMAGE, 3, 2)
-    kept = torch.tensor([[1], [0], [1]])
-    assert shorten(layout, kept).take(ids, PAD).tolist() == [[0, 9, 9], [9, 4, 5]]
+    plan = cut(read(ids, [2, 2, 2]), [[1], [0], [1]])
+    assert plan.take(ids, PAD).tolist() == [[0, 9, 9], [9, 4, 5]]
 
 
 def test_take_keeps_the_dtype_and_fills() -> None:
     ids = torch.tensor([[9, 9, 9, 9], [9, 9, 4, 5]])
-    plan = shorten(read_layout(ids == IMAGE, 3, 2), torch.tensor([[1], [0], [1]]))
+    plan = cut(read(ids, [2, 2, 2]), [[1], [0], [1]])
     for values in (ids, ids.int(), ids.float(), ids > 4):
         assert plan.take(values, 0).dtype == values.dtype
         assert plan.take(values, 1)[0, 0] == 1
@@ -214,11 +237,11 @@ def test_take_keeps_the_dtype_and_fills() -> None:
 
 def test_prompts_without_any_image_stay_as_they_are() -> None:
     ids = torch.tensor([[1, 2, 3], [0, 4, 5]])
-    layout = read_layout(ids == IMAGE, 0, 4)
-    assert layout.images_per_row == [0, 0]
-    plan = shorten(layout, torch.zeros(0, 2, dtype=torch.long))
+    layout = read(ids, [])
+    assert layout.images == 0
+    plan = cut(layout, [])
     assert torch.equal(plan.take(ids, PAD), ids)
-    assert plan.visual_rows.shape == plan.visual_columns.shape == (0, 2)
+    assert plan.visual_rows.shape == plan.visual_columns.shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -227,11 +250,11 @@ def test_prompts_without_any_image_stay_as_they_are() -> None:
 def test_an_image_that_the_mask_hides_is_shortened_too(mask: list[int]) -> None:
     """Masking an image out is a way to ask what it contributes; the bare model answers."""
     ids = torch.tensor([[9, 9, 9, 5], [4, 9, 9, 9]])
-    layout = read_layout(ids == IMAGE, 2, 3, torch.tensor([mask, [1, 1, 1, 1]]))
+    layout = read(ids, [3, 3], torch.tensor([mask, [1, 1, 1, 1]]))
     for kept in ([0, 1], [1], [2]):
-        plan = shorten(layout, torch.tensor([kept, kept]))
+        plan = cut(layout, [kept, kept])
         taken = plan.index[plan.visual_rows, plan.visual_columns]
-        assert taken.tolist() == [kept, [i + 1 for i in kept]]
+        assert taken.tolist() == [*kept, *(i + 1 for i in kept)]
         assert not plan.padding[plan.visual_rows, plan.visual_columns].any()
         assert (plan.take(ids, PAD) == IMAGE).sum(1).tolist() == [len(kept)] * 2
 
@@ -255,7 +278,26 @@ def test_counts_that_do_not_match_are_refused(
     ids: list[list[int]], images: int, words: str
 ) -> None:
     with pytest.raises(DataError, match=words):
-        read_layout(torch.tensor(ids) == IMAGE, images, 4)
+        read(torch.tensor(ids), [4] * images)
+
+
+def test_kinds_take_their_own_placeholders() -> None:
+    """A video between two images, and an image in the next row; encoding order: images first."""
+    kinds = torch.tensor([[1, 1, 0, 2, 2, 2, 1], [0, 0, 0, 0, 1, 1, 1]])
+    layout = read_layout(kinds, [(1, 2), (1, 1), (1, 3), (2, 3)])
+    assert layout.image_rows == (0, 0, 1, 0)
+    assert layout.image_starts == (0, 6, 4, 3)
+    assert layout.text_columns() == [[2], [0, 1, 2, 3]]
+    with pytest.raises(DataError, match="holds 3 .*need 2"):
+        read_layout(kinds, [(1, 2), (1, 1), (1, 3), (2, 2)])
+    with pytest.raises(DataError, match="holds 3 .*need 0"):
+        read_layout(kinds, [(1, 2), (1, 1), (1, 3)])
+
+
+def test_text_lies_behind_the_last_picture() -> None:
+    ids = torch.tensor([[0, 5, 9, 9, 6, 7], [3, 9, 9, 4, 9, 9], [0, 0, 0, 0, 8, 8]])
+    layout = read(ids, [2, 2, 2], ids != PAD)
+    assert layout.text_columns() == [[4, 5], [0, 3], [4, 5]]
 
 
 def positions(row: list[int]) -> list[int]:

@@ -70,7 +70,8 @@ def test_text_and_dictionary() -> None:
     content = json.loads(json.dumps(report.to_dict()))
     assert content["tokens_in"] == [36] and content["tokens_out"] == [9]
     assert content["kept"] == [report.kept[0].tolist()]
-    assert content["layer_tokens"] == [9, 9]
+    assert content["layer_tokens"] == [9] * 4
+    assert content["mean_tokens"] == 9 and content["notes"] == []
     assert "36 -> 9" in str(report) and "-75.0%" in str(report)
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import vistoken
 from vistoken.eval import results, scoreboard, scoreboard_tables
 from vistoken.eval.scoreboard import SCORED, SceneResult, Settings
+from vistoken.eval.scoreboard_questions import SceneRow, ask, by_picture, score, versus_measure
 
 pytest.importorskip("transformers")
 pytest.importorskip("PIL")
@@ -133,7 +134,7 @@ def test_a_wrong_fast_path_stops_the_run(
 
 def test_metrics_of_totals() -> None:
     rows = [
-        scoreboard.SceneRow(id=i, group=i // 2, task=task, truth="a", answer="a", correct=hit)
+        SceneRow(id=i, group=i // 2, task=task, truth="a", answer="a", correct=hit)
         for i, (task, hit) in enumerate([("color", True), ("color", False), ("count", True)])
     ]
     totals = SceneResult.tally(rows)
@@ -163,3 +164,46 @@ def test_bad_settings_are_refused(words: str, arguments: list[str]) -> None:
     result = CliRunner().invoke(app, ["--questions", "2", *arguments])
     assert result.exit_code == 2 and words in result.stderr
     assert result.stdout == ""
+
+
+def test_text_followers_read_the_picture_for_every_question(shipped: tuple[Any, Any]) -> None:
+    """FastV sees the question, so its answers must be those of `generate`, not of a prefix."""
+    model, processor = shipped
+    settings = Settings(methods=("fastv",), keeps=(16,), questions=5)
+    with vistoken.prune_visual_tokens(model, keep=16, method="fastv"):
+        from vistoken.eval.answers import shares_prefix
+
+        assert not shares_prefix(model)
+    with vistoken.prune_visual_tokens(model, keep=16, method="spread"):
+        assert shares_prefix(model)
+    result = scoreboard.run(model, processor, settings)
+    assert result.checks["answers_equal"]
+    (row,) = result.rows[1:]
+    assert 16 < row["mean_tokens"] < 576
+
+
+def test_versus_is_paired_by_picture(shipped: tuple[Any, Any]) -> None:
+    """Recomputed by hand from the answers of both methods, on yes/no and color alone."""
+    model, processor = shipped
+    settings = Settings(
+        methods=("uniform", "spread"), versus="spread", keeps=(4,), questions=12, scene_seeds=2
+    )
+    result = scoreboard.run(model, processor, settings)
+    uniform, spread = result.rows[1:]
+    assert "versus" not in spread
+    asked = ask(processor, settings)
+    assert sum(len(row) for row in asked.questions) == 12
+    assert len({row[0].image_id // 10_000_000 for row in asked.questions}) == 2
+    shares = []
+    for method in ("uniform", "spread"):
+        with vistoken.prune_visual_tokens(model, keep=4, method=method):
+            given = scoreboard.answer(model, processor, asked.exam, max_new_tokens=8)
+        rows = score(asked, [given], settings).rows
+        some = [row.correct for row in rows if row.task in ("exists", "color")]
+        shares.append(sum(some) / len(some))
+        assert versus_measure(
+            [sum(t) for t in zip(*by_picture(score(asked, [given], settings), 1), strict=True)]
+        )["accuracy"] == pytest.approx(shares[-1])
+    assert uniform["versus"]["value"] == pytest.approx(shares[1] - shares[0], abs=1e-4)
+    low, high = uniform["versus"]["interval"]
+    assert low <= uniform["versus"]["value"] <= high

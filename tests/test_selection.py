@@ -15,6 +15,7 @@ from torch import Tensor
 from vistoken.contract import ModelFacts, Selection, Signal, View
 from vistoken.cost import TransformerShape
 from vistoken.errors import MethodError
+from vistoken.pictures import plain
 from vistoken.pruning import Pruner, cls_topk, holov, pooling, random, tokens_to_keep, top_indices
 from vistoken.pruning import uniform as even
 
@@ -345,7 +346,7 @@ def choose(method: Pruner, grid: tuple[int, int], tokens: int = 40) -> Selection
     assert stage.signals <= method.signals
     names = (Signal.FEATURES, Signal.CLS_ATTENTION, Signal.IMAGE_KEY)
     signals = dict(zip(names, image(tokens), strict=True))
-    return method.select(View(stage, facts(*grid), left, {}, signals.__getitem__), 10)
+    return method.select(View(stage, facts(*grid), plain(*grid), left, {}, signals.__getitem__), 10)
 
 
 @pytest.mark.parametrize("name", PICKERS)
@@ -373,7 +374,7 @@ def test_pooling_gives_tokens() -> None:
     "method", [pooling.Pooling(keep=10), holov.HoloV(keep=10, mode="paper-2d", crops=2)], ids=str
 )
 def test_cells_and_tiles_need_the_whole_grid(method: Pruner) -> None:
-    with pytest.raises(MethodError, match="whole grid of 4 x 10 tokens.* left 20"):
+    with pytest.raises(MethodError, match="whole grid of 40 tokens.* left 20"):
         choose(method, (4, 10), 20)
 
 

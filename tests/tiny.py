@@ -15,7 +15,7 @@ TOKENS = GRID * GRID
 def tiny_llava(
     *,
     seed: int = 0,
-    layers: int = 2,
+    layers: int = 4,
     vision_layers: int = 4,
     feature_layer: int | list[int] = -2,
     kv_heads: int = 2,

@@ -6,8 +6,12 @@ says which signals and places it offers, and at run time it calls the method at 
 `View` of the signals. `attach` refuses a method whose signals or places the host lacks, by name,
 before anything is edited.
 
-Shapes: I images of one call, N visual tokens that each of them still has, C text width,
-D vision width, H vision heads, P prefix tokens of the tower (the CLS token, registers).
+A view never is ragged: pictures of different sizes in one call are grouped by their `Picture`, and
+the method is called once for each group.
+
+Shapes: I pictures of one group (inside the tower: tiles), N tokens that each of them still has
+and the method may choose from, C text width, D vision width, H heads, T text tokens, P prefix
+tokens of the tower (the CLS token, registers).
 """
 
 from __future__ import annotations
@@ -21,26 +25,31 @@ import torch
 from torch import Tensor
 
 from vistoken.cost import TransformerShape
+from vistoken.language import LanguageRows, Text
+from vistoken.pictures import Picture
 
 
 class Signal(str, Enum):
     """What a method may ask a host to read for it."""
 
     FEATURES = "projected features"  # [I, N, C] after the projector, in the model's dtype
-    ENCODED = "encoder features"  # [I, N, D] what the projector reads
-    PROJECTOR = "projector"  # the projector as a module, [..., D] -> [..., C]
-    CLS_ATTENTION = "CLS attention row"  # [I, N] fp32, head mean, CLS column dropped
-    VISION_QUERIES = "vision queries"  # [I, H, P + N, D / H] of the stage's vision layer
+    ENCODED = "encoder features"  # [I, N, E] what the projector reads for each token
+    PROJECTOR = "projector"  # the projector as a module, [..., E] -> [..., C]
+    CLS_ATTENTION = "CLS attention row"  # [I, N] fp32, head mean; without CLS: attention received
+    VISION_QUERIES = "vision queries"  # [I, H, P + N, D / H]; P is View.prefix
     VISION_KEYS = "vision keys"  # [I, H, P + N, D / H]
     VISION_VALUES = "vision values"  # [I, H, P + N, D / H]
+    HIDDEN = "hidden states"  # [I, N, width] what the stage drops or merges
+    SIZES = "token sizes"  # [I, N] fp32, how many original tokens each one stands for
     IMAGE_KEY = "image key"  # [I] int64, a digest of the picture's content
-    TEXT_EMBEDDINGS = "text embeddings"  # embeddings of the prompt's text tokens
-    LLM_ATTENTION = "LLM attention rows"  # queries, keys, values of chosen rows at an LLM layer
+    TEXT_EMBEDDINGS = "text embeddings"  # Text: embeddings of the prompt after the row's images
+    LLM_ATTENTION = "LLM attention rows"  # LanguageRows of the stage's LLM layer
 
 
 class Place(str, Enum):
     """Where a method may act."""
 
+    VISION_BLOCK = "inside a vision layer"  # merge tokens between attention and MLP of layer l
     VISION_LAYER = "vision layer"  # drop or merge tokens after layer l of the vision tower
     PROJECTED = "after the projector"  # drop or merge tokens before they enter the LLM
     LLM_LAYER = "LLM layer"  # drop or merge visual tokens after layer l of the LLM
@@ -53,7 +62,11 @@ class Place(str, Enum):
 
 @dataclass(frozen=True)
 class Stage:
-    """One moment at which a method is called: a place, its layer, the signals wanted there."""
+    """One moment at which a method is called: a place, its layer, the signals wanted there.
+
+    At `PROJECTED`, `layer` is the vision layer whose attention signals are meant; None is the
+    layer whose output is projected.
+    """
 
     place: Place
     layer: int | None = None
@@ -67,12 +80,18 @@ class Stage:
 class Selection:
     """Which tokens stay: `indices` [I, K] int64 ascending into the N tokens of the view.
 
-    A method that merges also gives `tokens` [I, K, C], which replace the picked ones; `indices`
-    then name, for each merged token, the one whose position it takes.
+    A method that merges also gives `tokens` [I, K, width], which replace the picked ones (width
+    C after the projector, otherwise that of the hidden states there); `indices` then name, for
+    each merged token, the one whose position it takes. `sizes` [I, K] fp32 says how many original
+    tokens each one stands for: later layers of the tower weigh it by that in their attention.
+    `hidden` [I, T, K] bool, at an LLM layer only: pairs of a text token of the prompt (as in
+    `LanguageRows`) and a visual token that stays which all later layers must not see.
     """
 
     indices: Tensor
     tokens: Tensor | None = None
+    sizes: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +99,10 @@ class ModelFacts:
     """What a host tells a method about the model, before and while it runs.
 
     `feature_layer` is the vision layer whose output is projected; `grid` is (rows, columns) of
-    one image's visual tokens; `vision` and `text` describe the two transformers for the cost model.
+    the visual tokens of a picture of the usual size (of one tile, where a picture is `tiled`);
+    `vision` and `text` describe the two transformers for the cost model. `position_axes` is 3
+    where the LLM numbers pictures in time, height and width. `first_text_stage` is the first LLM
+    layer after which tokens may be dropped.
     """
 
     host: str
@@ -93,10 +115,13 @@ class ModelFacts:
     text: TransformerShape
     patch_embedding_macs: int
     projector_macs: int
+    tiled: bool = False
+    position_axes: int = 1
+    first_text_stage: int = 0
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens of one image, N."""
+        """Visual tokens of one picture (or tile) of the usual size."""
         return self.grid[0] * self.grid[1]
 
 
@@ -104,15 +129,21 @@ class ModelFacts:
 class View:
     """What a method sees at one stage: lazily read signals, and memory that lives for one call.
 
-    `origin` [I, N] holds the raster index of each token that is still there, so that a method can
-    know where on the grid it lay. `memory` is the method's own and is dropped with the call.
+    `origin` [I, N] holds the index, among the picture's own tokens in reading order, of each
+    token that is still there, so that a method can know where it lay. `visible` [I, N] bool marks
+    tokens that will reach the LLM, where some will not (padding of a tiled picture); None: all
+    will. `prefix` counts the entries before the tokens in vision queries, keys and values.
+    `memory` is the method's own, for one group of pictures, and is dropped with the call.
     """
 
     stage: Stage
     facts: ModelFacts
+    picture: Picture
     origin: Tensor
     memory: dict[str, Any]
     reader: Callable[[Signal], Any]
+    visible: Tensor | None = None
+    prefix: int = 0
     _cache: dict[Signal, Any] = field(default_factory=dict)
 
     def read(self, signal: Signal) -> Any:
@@ -130,8 +161,16 @@ class View:
 
     @property
     def cls_attention(self) -> Tensor:
-        """CLS attention row [I, N] in fp32: head mean, CLS column dropped, not renormalised."""
+        """CLS attention row [I, N] in fp32: head mean, CLS column dropped, not renormalised.
+
+        Of a tower without a CLS token: the mean attention that each token receives.
+        """
         return self.read(Signal.CLS_ATTENTION)
+
+    @property
+    def hidden(self) -> Tensor:
+        """Hidden states [I, N, width] that this stage acts on."""
+        return self.read(Signal.HIDDEN)
 
     @property
     def image_key(self) -> Tensor:
@@ -139,13 +178,23 @@ class View:
         return self.read(Signal.IMAGE_KEY)
 
     @property
+    def text(self) -> Text:
+        """Embeddings of the text tokens behind the row's images."""
+        return self.read(Signal.TEXT_EMBEDDINGS)
+
+    @property
+    def language(self) -> LanguageRows:
+        """Attention of the stage's LLM layer, for the rows of text tokens."""
+        return self.read(Signal.LLM_ATTENTION)
+
+    @property
     def images(self) -> int:
-        """Number of images I."""
+        """Number of pictures (inside the tower: tiles) I."""
         return self.origin.shape[0]
 
     @property
     def tokens(self) -> int:
-        """Number of tokens N that each image still has."""
+        """Number of tokens N that each picture still has."""
         return self.origin.shape[1]
 
     @property

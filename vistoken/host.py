@@ -11,7 +11,8 @@ from torch import nn
 from vistoken.contract import ModelFacts, Place, Signal, Stage
 from vistoken.edits import Edits
 from vistoken.method import Method
-from vistoken.report import Ledger
+from vistoken.pictures import Picture
+from vistoken.report import CallRecord, Ledger
 
 
 class Host(ABC):
@@ -44,6 +45,14 @@ class Host(ABC):
         """Names of the wanted places and signals that this host does not offer."""
         lacking = [place.value for place in places if place not in cls.places]
         return lacking + [signal.value for signal in signals if signal not in cls.signals]
+
+    @abstractmethod
+    def example(self) -> Picture:
+        """A picture of the usual size, for estimates."""
+
+    @abstractmethod
+    def estimate(self, keep: int | None, text_tokens: int) -> CallRecord:
+        """What a prefill of one such picture would cost, of which `keep` tokens enter the LLM."""
 
     @abstractmethod
     def install(

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from vistoken import registry
 from vistoken.attachment import attachments, core_model
 from vistoken.contract import ModelFacts
-from vistoken.report import CallRecord, Report
+from vistoken.host import Host
+from vistoken.report import Report
 
 _TEXT_TOKENS = 64
 
@@ -19,8 +18,9 @@ _TEXT_TOKENS = 64
 class Inspection:
     """Facts about a supported model.
 
-    `methods` are the names that can be attached; `attached` those that are; `savings` maps a
-    number of kept tokens to the estimated report of a prefill of one image and 64 text tokens.
+    `methods` are the names that can be attached; `attached` those that are; `tokens` counts the
+    visual tokens of a picture of the usual size; `savings` maps a number of kept tokens to the
+    estimated report of a prefill of one such picture and 64 text tokens.
     """
 
     host: str
@@ -30,6 +30,7 @@ class Inspection:
     signals: tuple[str, ...]
     methods: tuple[str, ...]
     attached: tuple[str, ...]
+    tokens: int
     savings: dict[int, dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -40,7 +41,8 @@ class Inspection:
         facts = self.facts
         rows, columns = facts.grid
         lines = [
-            f"{self.title}: {facts.visual_tokens} visual tokens a picture ({rows} x {columns}), "
+            f"{self.title}: {self.tokens} visual tokens a picture "
+            f"({'tiles of ' if facts.tiled else ''}{rows} x {columns}), "
             f"vision tower of {facts.vision_layers} layers (features after layer "
             f"{facts.feature_layer}), LLM of {facts.text_layers} layers",
             f"methods   {', '.join(self.methods)}",
@@ -59,7 +61,8 @@ def inspect(model: Any) -> Inspection:
     core = core_model(model)
     host = registry.recognise(core)
     facts = host.facts
-    budgets = [facts.visual_tokens // share for share in (3, 9, 18)]
+    tokens = host.example().total
+    budgets = [max(1, tokens // share) for share in (3, 9, 18)]
     return Inspection(
         host=host.name,
         title=host.title,
@@ -68,14 +71,11 @@ def inspect(model: Any) -> Inspection:
         signals=tuple(sorted(signal.value for signal in host.signals)),
         methods=tuple(row.name for row in registry.list_methods() if host.name in row.hosts),
         attached=tuple(str(m) for held in attachments(core) for m in held.methods),
-        savings={keep: _estimate(facts, keep) for keep in budgets},
+        tokens=tokens,
+        savings={keep: _estimate(host, keep) for keep in budgets},
     )
 
 
-def _estimate(facts: ModelFacts, keep: int) -> dict[str, Any]:
-    total = facts.visual_tokens
-    tower = (total + facts.prefix_tokens,) * facts.vision_layers
-    kept = torch.arange(keep)[None]
-    dense, short = total + _TEXT_TOKENS, keep + _TEXT_TOKENS
-    report = Report(CallRecord(1, 1, dense, short, kept, tower, total, 2), facts).to_dict()
+def _estimate(host: Host, keep: int) -> dict[str, Any]:
+    report = Report(host.estimate(keep, _TEXT_TOKENS), host.facts).to_dict()
     return {key: report[key] for key in ("flops", "flops_dense", "kv_bytes", "kv_bytes_dense")}

@@ -57,15 +57,21 @@ class HoloV(Pruner):
         return super().stages(facts)
 
     def select(self, view: View, keep: int) -> Selection:
-        """Choose by quota per crop, then by score inside each crop."""
-        grid = view.facts.grid
-        if self.mode == "paper-2d" and view.tokens < grid[0] * grid[1]:
-            raise MethodError(
-                f"holov: paper-2d needs the whole grid of {grid[0]} x {grid[1]} tokens, but an "
-                f"earlier method left {view.tokens}; use mode='paper' after it."
-            )
+        """Choose by quota per crop, then by score inside each crop.
+
+        A picture of several rasters is one run of tokens, as in the official code; `paper-2d`
+        tiles each raster, with a share of the crops by its size.
+        """
+        grids = None
+        if self.mode == "paper-2d":
+            grids = tuple(part.grid for part in view.picture.parts)
+            if view.tokens < view.picture.tokens:
+                raise MethodError(
+                    f"holov: paper-2d needs the whole grid of {view.picture.tokens} tokens, but an "
+                    f"earlier method left {view.tokens}; use mode='paper' after it."
+                )
         features = None if self.mode == "released" else view.features
-        crops = crop_layout(view.tokens, self.crops, grid if self.mode == "paper-2d" else None)
+        crops = crop_layout(view.tokens, self.crops, grids)
         return Selection(_select(features, view.cls_attention, keep, crops.to(view.device)))
 
 
@@ -98,7 +104,8 @@ def select(
         raise MethodError(f"holov: paper-2d needs a grid of {tokens} tokens, got {grid!r}.")
     if keep >= tokens:
         return torch.arange(tokens, device=cls_attention.device).repeat(batch, 1)
-    layout = crop_layout(tokens, crops, grid if mode == "paper-2d" else None)
+    grids = (grid,) if mode == "paper-2d" and grid is not None else None
+    layout = crop_layout(tokens, crops, grids)
     used = None if mode == "released" else features
     return _select(used, cls_attention, keep, layout.to(cls_attention.device))
 
@@ -106,14 +113,18 @@ def select(
 def tiles(grid: tuple[int, int], crops: int) -> tuple[int, int]:
     """Return how many tiles down and across make `crops` tiles closest to squares on `grid`."""
     rows, columns = grid
-    shapes = [
-        (down, crops // down)
-        for down in range(1, crops + 1)
-        if crops % down == 0 and down <= rows and crops // down <= columns
-    ]
+    shapes = _tilings(grid, crops)
     if not shapes:
         raise MethodError(f"holov: {crops} crops do not fit a grid of {rows} x {columns} tokens.")
     return min(shapes, key=lambda s: (abs(rows * s[1] - columns * s[0]), s))
+
+
+def _tilings(grid: tuple[int, int], crops: int) -> list[tuple[int, int]]:
+    return [
+        (down, crops // down)
+        for down in range(1, crops + 1)
+        if crops % down == 0 and down <= grid[0] and crops // down <= grid[1]
+    ]
 
 
 @dataclass(frozen=True)
@@ -142,20 +153,24 @@ class CropLayout:
 # Cached tensors must serve later calls that record gradients, hence not be inference tensors.
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def crop_layout(tokens: int, crops: int, grid: tuple[int, int] | None) -> CropLayout:
-    """Split `tokens` into `crops` runs, the first ones longer, or `grid` into square tiles."""
+def crop_layout(
+    tokens: int, crops: int, grids: tuple[tuple[int, int], ...] | None = None
+) -> CropLayout:
+    """Split `tokens` into `crops` runs, the first ones longer, or `grids` into square tiles."""
     index = torch.arange(tokens, device="cpu")
-    groups = torch.arange(crops, device="cpu")
-    if grid is None:
+    if grids is None:
         small, larger = divmod(tokens, crops)
         sizes = torch.full((crops,), small, device="cpu")
         sizes[:larger] += 1  # as the official split does
-        crop_of = torch.repeat_interleave(groups, sizes)
+        crop_of = torch.repeat_interleave(torch.arange(crops, device="cpu"), sizes)
     else:
-        down, across = tiles(grid, crops)
-        rows, columns = grid
-        crop_of = index // columns * down // rows * across + index % columns * across // columns
-        sizes = torch.bincount(crop_of, minlength=crops)
+        found, first = [], 0
+        for grid, share in zip(grids, _shares(grids, crops), strict=True):
+            found.append(first + _tile_of(grid, share, exact=len(grids) == 1))
+            first += share
+        crop_of = torch.cat(found)
+        sizes = torch.bincount(crop_of, minlength=first)
+    crops = len(sizes)
     order = crop_of.argsort(stable=True)
     place = index - (sizes.cumsum(0) - sizes)[crop_of[order]]
     slots = torch.zeros(crops, int(sizes.max()), dtype=torch.long, device="cpu")
@@ -163,6 +178,22 @@ def crop_layout(tokens: int, crops: int, grid: tuple[int, int] | None) -> CropLa
     slots[crop_of[order], place] = order
     filled[crop_of[order], place] = True
     return CropLayout(slots, filled, sizes, torch.equal(slots.flatten(), index))
+
+
+def _shares(grids: tuple[tuple[int, int], ...], crops: int) -> list[int]:
+    """How many of the crops each raster gets, by its size, at least one."""
+    total = sum(rows * columns for rows, columns in grids)
+    return [max(1, round(crops * rows * columns / total)) for rows, columns in grids]
+
+
+def _tile_of(grid: tuple[int, int], crops: int, *, exact: bool) -> Tensor:
+    """The tile of each token of a raster; unless `exact`, of the most tiles that fit."""
+    rows, columns = grid
+    while not exact and not _tilings(grid, crops):
+        crops -= 1
+    down, across = tiles(grid, crops)
+    index = torch.arange(rows * columns, device="cpu")
+    return index // columns * down // rows * across + index % columns * across // columns
 
 
 @lru_cache(maxsize=64)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -13,14 +15,17 @@ from vistoken.contract import ModelFacts, Selection, Signal, Stage, View
 from vistoken.errors import MethodError
 from vistoken.pruning._pruner import Pruner
 
+_CHOICES = 12  # numbers of cells tried for each raster of a picture
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pooling(Pruner):
     """Replace the grid of projected tokens by the averages of a smaller grid of cells.
 
     The budget must be the product of two numbers close to the grid's shape (24 × 24 pools to
-    8 × 8 = 64, 8 × 16 = 128, 12 × 16 = 192). The report lists, for each cell, the token at its
-    centre.
+    8 × 8 = 64, 8 × 16 = 128, 12 × 16 = 192). A picture of several rasters (tiles, frames) spreads
+    it over them by their size, in numbers that such products can make. The report lists, for each
+    cell, the token at its centre.
     """
 
     name: ClassVar[str] = "pooling"
@@ -30,23 +35,55 @@ class Pooling(Pruner):
 
     def stages(self, facts: ModelFacts) -> tuple[Stage, ...]:
         """As every pruner, after a check that the budget is a grid."""
-        if self.budget(facts.visual_tokens) < facts.visual_tokens:
+        if not facts.tiled and self.budget(facts.visual_tokens) < facts.visual_tokens:
             cells(facts.grid, self.budget(facts.visual_tokens))
         return super().stages(facts)
 
     def select(self, view: View, keep: int) -> Selection:
-        """Average the cells of a grid of `keep` cells."""
-        rows, columns = view.facts.grid
-        if view.tokens != rows * columns:
+        """Average the cells of grids of `keep` cells together."""
+        grids = tuple(part.grid for part in view.picture.parts)
+        if view.tokens != view.picture.tokens:
             raise MethodError(
-                f"pooling needs the whole grid of {rows} x {columns} tokens, but an earlier method "
-                f"left {view.tokens}; attach it alone."
+                f"pooling needs the whole grid of {view.picture.tokens} tokens, but an earlier "
+                f"method left {view.tokens}; attach it alone."
             )
-        shape = cells(view.facts.grid, keep)
-        centres = cell_centres(view.facts.grid, shape, view.device)
-        return Selection(
-            centres.expand(view.images, keep), pool(view.features, view.facts.grid, shape)
+        centres, tokens, first = [], [], 0
+        for grid, share in zip(grids, share_out(grids, keep), strict=True):
+            shape, size = cells(grid, share), grid[0] * grid[1]
+            centres.append(first + cell_centres(grid, shape, view.device))
+            tokens.append(pool(view.features[:, first : first + size], grid, shape))
+            first += size
+        return Selection(torch.cat(centres).expand(view.images, keep), torch.cat(tokens, dim=1))
+
+
+@lru_cache(maxsize=256)
+def share_out(grids: tuple[tuple[int, int], ...], keep: int) -> tuple[int, ...]:
+    """Split `keep` cells over rasters by their size, in numbers that form a grid of cells on each.
+
+    The split with the least sum of deviations; raises `MethodError` where there is none.
+    """
+    if len(grids) == 1:
+        return (keep,)
+    total = sum(rows * columns for rows, columns in grids)
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for grid in grids:
+        size = grid[0] * grid[1]
+        share = keep * size / total
+        works = [count for count in range(1, size + 1) if _factor(grid, count)]
+        works = sorted(works, key=lambda count, share=share: abs(count - share))[:_CHOICES]
+        found: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for used, (cost, chosen) in best.items():
+            for count in works:
+                option = (cost + abs(count - share), (*chosen, count))
+                if used + count <= keep and option < found.get(used + count, (math.inf, ())):
+                    found[used + count] = option
+        best = found
+    if keep not in best:
+        raise MethodError(
+            f"pooling: {keep} tokens cannot be shared out over rasters of {list(grids)} tokens as "
+            f"grids of cells; budgets that can: {sorted(best)[-4:]}."
         )
+    return best[keep][1]
 
 
 def cells(grid: tuple[int, int], keep: int) -> tuple[int, int]:
