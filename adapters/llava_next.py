@@ -24,8 +24,8 @@ from vistoken.adapters.vlm_anyres import (
 )
 from vistoken.adapters.vlm_grid import INSIDE, GridTowerHost, look_up
 from vistoken.adapters.vlm_tower import TowerCall, image_keys
-from vistoken.contract import Place, Stage
-from vistoken.errors import AttachError, DataError, ModelNotSupported
+from vistoken.contract import Place
+from vistoken.errors import DataError, ModelNotSupported
 from vistoken.pictures import Picture
 
 _PACKING = "packing"
@@ -173,15 +173,3 @@ class LlavaNextHost(GridTowerHost):
     def image_keys(self, vision: dict[str, Any]) -> Tensor:
         counts = [one.tiles for one in self.tilings(vision)]
         return picture_keys(LlavaNextHost.tile_keys(self, vision), counts)
-
-    # --- checks ---------------------------------------------------------------------------------
-
-    def _check_layer(self, stage: Stage) -> None:
-        super()._check_layer(stage)
-        chosen = self.model.config.vision_feature_layer
-        if stage.place in INSIDE and not isinstance(chosen, int) and len(chosen) > 1:
-            raise AttachError(
-                f"vision_feature_layer={chosen} joins the outputs of several vision layers, which "
-                "differ in length when tokens are dropped inside the tower; use a method that acts "
-                "after the projector."
-            )

@@ -14,7 +14,7 @@ shortened, so that a decode loop written against the long prompt goes on working
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +32,7 @@ from vistoken.adapters.vlm_tower import (
     WeighAttention,
 )
 from vistoken.contract import Place, Signal, Stage
+from vistoken.dominance import Masses
 from vistoken.edits import Edits
 from vistoken.errors import AttachError
 from vistoken.host import Host
@@ -256,6 +257,14 @@ class VisionLanguageHost(Host):
             flops,
             2,
         )
+
+    # --- diagnosis ------------------------------------------------------------------------------
+
+    def attention_masses(self, inputs: Mapping[str, Any], new_tokens: int) -> Masses:
+        """What generated tokens attend to; the prompt may be pruned before the LLM."""
+        from vistoken.adapters.vlm_dominance import measure
+
+        return measure(self, inputs, new_tokens)
 
     # --- installing ---------------------------------------------------------------------------
 

@@ -99,8 +99,12 @@ def refuse_encoded(pipeline: Pipeline, given: dict[str, Any]) -> None:
 
 
 class ShortenForward:
-    """Hook before the model's forward: replaces the long prompt by the short one."""
+    """Hook before the model's forward: replaces the long prompt by the short one.
 
+    Not traced by torch.compile, which would follow the planning of every prompt.
+    """
+
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         pipeline: Pipeline = module.__dict__[PIPELINE]
         given = dict(zip(pipeline.host.forward_names, args, strict=False)) | kwargs

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vistoken.adapters.vlm import VisionLanguageHost
 from vistoken.adapters.vlm_tower import TowerCall, image_keys
-from vistoken.contract import Place, Signal
+from vistoken.contract import Place, Signal, Stage
 from vistoken.cost import TransformerShape
 from vistoken.errors import AttachError, ModelNotSupported
 from vistoken.kernels import attention_received, attention_row
@@ -92,11 +92,11 @@ class GridTowerHost(VisionLanguageHost):
         self, call: TowerCall, signal: Signal, layer: int
     ) -> Sequence[Tensor] | Tensor:
         if signal is Signal.SIZES:
-            if call.sizes is None:
-                return [
-                    torch.ones(picture.tokens, device=self._device) for picture in call.pictures
-                ]
-            return self.pack(call, call.sizes)
+            if call.sizes is not None:
+                return self.pack(call, call.sizes)
+            if call.origin is not None:
+                return self.pack(call, torch.ones(call.origin.shape, device=self._device))
+            return [torch.ones(one.tokens, device=self._device) for one in call.pictures]
         found = self.tile_signal(call, signal, layer)
         if signal not in HEADS:
             return self.pack(call, found)
@@ -134,6 +134,16 @@ class GridTowerHost(VisionLanguageHost):
         return tower + 2 * facts.projector_macs * projected
 
     # --- checks ---------------------------------------------------------------------------------
+
+    def _check_layer(self, stage: Stage) -> None:
+        super()._check_layer(stage)
+        chosen = self.model.config.vision_feature_layer
+        if stage.place in INSIDE and not isinstance(chosen, int) and len(chosen) > 1:
+            raise AttachError(
+                f"vision_feature_layer={chosen} joins the outputs of several vision layers, which "
+                "differ in length when tokens are dropped inside the tower; use a method that acts "
+                "after the projector."
+            )
 
     def check_vision_arguments(self, given: dict[str, Any]) -> None:
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):

@@ -213,6 +213,7 @@ class NoteLayerInput:
     host: VisionLanguageHost
     layer: int
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         call = current(self.host)
         if call is not None:
@@ -227,6 +228,7 @@ class CutBeforeLayer:
     host: VisionLanguageHost
     layer: int
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         call = current(self.host)
         if call is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -129,9 +129,8 @@ class Pipeline:
             if known is not None:
                 kinds[known == token] = number
             elif embeds is not None:
-                row = self.host.model.get_input_embeddings()(
-                    torch.tensor(token, device=embeds.device)
-                )
+                embedding = self.host.model.get_input_embeddings()
+                row = embedding(torch.tensor(token, device=embeds.device))
                 kinds[(embeds == row).all(-1).cpu()] = number
         return kinds
 
@@ -171,6 +170,8 @@ class Pipeline:
     def shorten(self, long: LongPrompt) -> ShortPrompt:
         """Encode and prune the pictures, and build the short prompt around their features."""
         host = self.host
+        if host.facts.position_axes > 1:
+            long = self._with_positions(long)
         call, groups, features = self._encode(long)
         device = features[0].device  # the caller may have left the prompt on the CPU
         kept, visual = self._assemble(long, groups, features)
@@ -332,21 +333,28 @@ class Pipeline:
                 kept[member], tokens[member] = stay, own
         return kept, torch.cat(tokens)
 
+    def _with_positions(self, long: LongPrompt) -> LongPrompt:
+        """The prompt with positions [3 or 4, B, L], found before the tower fills the device."""
+        given = long.positions
+        if given is None:
+            mask = torch.ones_like(long.kinds) if long.mask is None else long.mask.cpu()
+            given = self.host.long_positions(long.ids, long.kinds, mask, long.vision)
+        elif given.dim() == 2:
+            given = given.expand(3, *long.kinds.shape)
+        return replace(long, positions=given.to(self.host.model.device))
+
     def _positions(self, long: LongPrompt, plan: prompt.Shortening, mask: Tensor) -> Tensor | None:
         """Positions of the short prompt; None lets the model number its columns, as it would."""
         given = _on(mask.device, long.positions)
         if self.host.facts.position_axes > 1:
-            if given is None:
-                given = self.host.long_positions(long.ids, long.kinds, mask, long.vision)
-            axes = plan.take(given[-3:].to(mask.device), 0)
+            axes = plan.take(given[-3:], 0)
             text = prompt.positions_from_mask(plan.take(mask, 0))
             return torch.cat([text[None], axes])
         if given is None and not self.keeps_positions:
             return None
-        layout = plan.layout
         if given is None:
-            given = torch.arange(layout.length, device=mask.device)
-        given = given.expand(layout.rows, layout.length)
+            given = torch.arange(plan.layout.length, device=mask.device)
+        given = given.expand(plan.layout.rows, -1)
         return plan.take(given, 0) if self.keeps_positions else plan.renumber(given)
 
     # --- the report -----------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What pruning visual tokens costs and saves: `python -m vistoken.eval.bench_prune`.
 
-LLaVA-1.5-7B shapes with random weights on one GPU, in bf16. Every prefill is one call of the model
+LLaVA-1.5-7B shapes (or, with `--model llava-next-7b`, those of LLaVA-NeXT) with random weights on
+one GPU, in bf16. Every prefill is one call of the model
 to its first token, cut into laps by CUDA events at the borders between its parts; the laps add up
 to the whole, so nothing that pruning adds can hide between them:
 
@@ -11,17 +12,21 @@ to the whole, so nothing that pruning adds can hide between them:
             mask and positions; of the dense model, putting the features into the prompt
     llm     LLM prefill and the output head at the last position
 
-"added" is prompt + select: all that pruning does. From the tower's begin to the LLM's the host must
-not wait for the device, which is checked twice over (see `timing.check_synchronization`).
+"added" is prompt + select: all that a method does which prunes after the projector. One that acts
+inside the tower also changes that lap, and one that acts inside the LLM works in that lap. From the
+tower's begin to the LLM's the host must not wait for the device, which is checked twice over (see
+`timing.check_synchronization`).
 
 Before a configuration is timed, its kept counts, prefill logits and a decode step must agree with a
-route built by hand (see `bench_checks`), in fp32 on a small model exactly; a failed one gets no
-time. After the run the model must give the logits that it gave before, bit for bit.
+route built by hand (see `bench_checks`) or, where there is none, with the row alone (`bench_rows`),
+in fp32 on a small model exactly; a failed one gets no time. The KV cache of every layer must have
+the length that the report says. After the run the model must give the logits that it gave before,
+bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,10 +40,17 @@ from torch import Tensor
 from vistoken.errors import BackendUnavailable, DataError, VistokenError
 from vistoken.eval import bench_prune_tables as tables
 from vistoken.eval import results
-from vistoken.eval.bench_checks import Variant, compare_with_oracle, count_flops
-from vistoken.eval.bench_models import Inputs, borders, build_llava, find_size, make_inputs
+from vistoken.eval.bench_checks import count_flops
+from vistoken.eval.bench_models import Inputs, borders, build_model, find_size, make_inputs
+from vistoken.eval.bench_rows import (
+    cache_fault,
+    check_variant,
+    compare_with_masked_keys,
+    places,
+    prompt_lengths,
+)
+from vistoken.eval.bench_variants import Settings, Variant, preset
 from vistoken.eval.timing import (
-    CheckFailed,
     LapClock,
     Timing,
     check_synchronization,
@@ -48,63 +60,10 @@ from vistoken.eval.timing import (
     quiet_heap,
 )
 
-NAME = "bench_prune"
 LAPS = {"prompt": "start", "tower": "tower", "select": "select", "llm": "llm"}
-VARIANTS = (
-    *(Variant("holov", (("mode", mode),)) for mode in ("paper", "released", "paper-2d")),
-    Variant("cls_topk"),
-    Variant("random"),
-    Variant("uniform"),
-    Variant("pooling", merged=True),
-)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to measure. `rotation` input sets take turns; `before` and `after` are text tokens."""
-
-    model: str = "llava-1.5-7b"
-    dtype: str = "bfloat16"
-    batches: tuple[int, ...] = (1, 8)
-    keeps: tuple[int, ...] = (192, 128, 64)
-    variants: tuple[Variant, ...] = VARIANTS
-    before: int = 35
-    after: int = 25
-    repeats: int = 16
-    warmup: int = 2
-    rotation: int = 2
-    decode_steps: int = 32
-    new_tokens: int = 16
-    generate_repeats: int = 3
-
-    @property
-    def visual_tokens(self) -> int:
-        """Visual tokens of a picture in the dense model."""
-        return find_size(self.model).visual_tokens
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for the result file."""
-        plain = {key: value for key, value in asdict(self).items() if key != "variants"}
-        return plain | {
-            "title": find_size(self.model).title,
-            "visual_tokens": self.visual_tokens,
-            "methods": [variant.label for variant in self.variants],
-        }
-
-
-SMOKE = Settings(
-    model="tiny",
-    dtype="float32",
-    batches=(1, 2),
-    keeps=(12, 4),
-    before=6,
-    after=4,
-    repeats=3,
-    warmup=1,
-    rotation=2,
-    decode_steps=4,
-    new_tokens=4,
-    generate_repeats=2,
+REPORTED = (
+    *("flops", "flops_dense", "kv_bytes", "kv_bytes_dense"),
+    *("layer_tokens", "mean_tokens"),
 )
 
 
@@ -127,7 +86,7 @@ class Bench:
             inputs = self._inputs(batch)
             rows.append(self._row(inputs, None, self.settings.visual_tokens, whole=True))
             for keep in self.settings.keeps:
-                for variant in self.settings.variants:
+                for variant in self.settings.variants_at(keep):
                     whole = variant is self.settings.variants[0]
                     rows.append(self._row(inputs, variant, keep, whole=whole))
             # the same thing once more: how far apart two equal measurements lie
@@ -146,7 +105,7 @@ class Bench:
         ]
 
     def _dense_logits(self, batch: int) -> Tensor:
-        return self.model(**self._inputs(batch)[0]).logits.cpu()
+        return self.model(**self._inputs(batch)[0], logits_to_keep=1).logits.cpu()
 
     def _row(
         self, inputs: list[Inputs], variant: Variant | None, keep: int, *, whole: bool
@@ -159,27 +118,31 @@ class Bench:
             "method": variant.method if variant else None,
             "batch": batch,
             "visual_tokens": keep,
-            "prompt_tokens": self.settings.before + keep + self.settings.after,
         }
         try:
             if variant is not None:
-                row["oracle"] = compare_with_oracle(self.model, inputs[0], variant, keep).to_dict()
+                several = inputs if batch > 1 else self._inputs(2)
+                row["check"] = check_variant(
+                    self.model, inputs[0], variant, keep, several[0]
+                ).to_dict()
             with variant.attach(self.model, keep) if variant else nullcontext() as attachment:
-                row |= self._measure(inputs, attachment, row["prompt_tokens"], whole)
-        except CheckFailed as failure:
-            row["failed"] = str(failure)
+                row["places"] = places(attachment) if attachment else []
+                row |= self._measure(inputs, attachment, whole)
+        except (VistokenError, RuntimeError) as failure:  # torch raises the latter
+            row["failed"] = _reason(failure)
         self.say(tables.progress_line(row))
         return row
 
-    def _measure(
-        self, inputs: list[Inputs], attachment: Any, length: int, whole: bool
-    ) -> dict[str, Any]:
+    def _measure(self, inputs: list[Inputs], attachment: Any, whole: bool) -> dict[str, Any]:
         s, device = self.settings, self.device
 
         def check(given: Inputs, out: Any) -> str | None:
-            cached = out.past_key_values.get_seq_length()
-            if cached != length:
-                return f"the KV cache holds {cached} tokens, the prompt should have {length}"
+            rows, length = given["input_ids"].shape
+            lengths = [length] * self.model.config.text_config.num_hidden_layers
+            if attachment is not None:
+                lengths = prompt_lengths(attachment.report(), rows, s.before + s.after)
+            if fault := cache_fault(out.past_key_values, lengths):
+                return fault
             return None if bool(out.logits.isfinite().all()) else "logits are not finite"
 
         laps = measure_laps(
@@ -197,10 +160,7 @@ class Bench:
         if attachment is not None:
             found["sync"] = self._synchronizations(inputs[0])
             report = attachment.report().to_dict()
-            found["report"] = {
-                name: report[name]
-                for name in ("flops", "flops_dense", "kv_bytes", "kv_bytes_dense")
-            }
+            found["report"] = {name: report[name] for name in REPORTED}
         if whole:
             found["flops_counted"] = count_flops(self.model, inputs[0])
             found["ms"]["decode"] = asdict(self._decode(inputs[0]))
@@ -254,19 +214,33 @@ class Bench:
         )
 
 
+def _reason(failure: Exception) -> str:
+    """Why a configuration has no time, so that the others still get theirs."""
+    named = isinstance(failure, VistokenError)
+    return str(failure) if named else f"{type(failure).__name__}: {failure}"
+
+
 @torch.no_grad()
-def check_exactness(device: torch.device, variants: Sequence[Variant]) -> dict[str, Any]:
-    """Compare every variant with the oracle on the small fp32 model, where it must be exact."""
-    model = build_llava("tiny", device=device, dtype=torch.float32)
-    inputs = make_inputs(model, 2, before=SMOKE.before, after=SMOKE.after)
-    failed = {}
-    for variant in variants:
-        for keep in SMOKE.keeps:
+def check_exactness(device: torch.device, settings: Settings) -> dict[str, Any]:
+    """Check every variant on the small fp32 model, where it must be exact."""
+    small = preset(settings.model, smoke=True)
+    model, eager = (
+        build_model(small.model, device=device, dtype=torch.float32, attention=attention)
+        for attention in ("sdpa", "eager")
+    )
+    inputs = make_inputs(model, 2, before=small.before, after=small.after)
+    compared, failed = 0, {}
+    for variant in settings.variants:
+        for keep in small.keeps:
             try:
-                compare_with_oracle(model, inputs, variant, keep)
-            except CheckFailed as failure:
-                failed[f"{variant.label} at {keep}"] = str(failure)
-    return {"compared": len(variants) * len(SMOKE.keeps), "failed": failed}
+                check_variant(model, inputs, variant, keep, inputs)
+                compared += 1
+                compared += (
+                    compare_with_masked_keys(model, eager, inputs, variant, keep) is not None
+                )
+            except (VistokenError, RuntimeError) as failure:
+                failed[f"{variant.label} at {keep}"] = _reason(failure)
+    return {"compared": compared, "failed": failed}
 
 
 def run(
@@ -275,12 +249,12 @@ def run(
     """Check and measure everything that `settings` asks for on `device`."""
     machine = results.machine(device)
     say(results.machine_line(machine))
-    exact = check_exactness(device, settings.variants)
-    say(f"fp32, small model: {exact['compared']} configurations, {len(exact['failed'])} failed")
+    exact = check_exactness(device, settings)
+    say(f"fp32, small model: {exact['compared']} comparisons, {len(exact['failed'])} failed")
     clock = LapClock(device)
     clock.begin("build")
     dtype = getattr(torch, settings.dtype)
-    model = build_llava(settings.model, device=device, dtype=dtype)
+    model = build_model(settings.model, device=device, dtype=dtype)
     seconds = clock.stop()["build"] / 1000
     say(f"{find_size(settings.model).title} with random weights: built in {seconds:.1f} s")
     bench = Bench(model, device, settings, say)
@@ -291,7 +265,7 @@ def run(
         "undo_bit_equal": bench.undo_bit_equal,
         "flops": tables.flops_rows(rows),
     }
-    result = results.ResultFile(NAME, machine, settings.to_dict(), rows, checks)
+    result = results.ResultFile(tables.NAME, machine, settings.to_dict(), rows, checks)
     goals = [asdict(goal) for goal in tables.goals(result)]
     return replace(result, checks={**checks, "goals": goals})
 
@@ -310,32 +284,31 @@ def show(result: results.ResultFile, console: Console) -> None:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="size of the model")] = Settings.model,
-    batch: Annotated[str, typer.Option(help="batch sizes")] = "1,8",
-    keep: Annotated[str, typer.Option(help="visual tokens kept")] = "192,128,64",
+    model: Annotated[str, typer.Option(help="llava-1.5-7b or llava-next-7b")] = Settings.model,
+    batch: Annotated[str | None, typer.Option(help="batch sizes, as 1,8")] = None,
+    keep: Annotated[str | None, typer.Option(help="visual tokens kept, as 192,64")] = None,
     methods: Annotated[str | None, typer.Option(help="methods, by default all")] = None,
-    repeats: Annotated[int, typer.Option(help="timed calls", min=1)] = Settings.repeats,
+    repeats: Annotated[int | None, typer.Option(help="timed calls", min=1)] = None,
     device: Annotated[str, typer.Option(help="torch device")] = "cuda",
-    smoke: Annotated[bool, typer.Option("--smoke", help="tiny model on the CPU")] = False,
-    out: Annotated[Path | None, typer.Option(help="default: eval/results/bench_prune.json")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="a tiny model on the CPU")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="default: bench_prune[_next].json in eval/results")
+    ] = None,
     json_path: Annotated[
         str | None,
         typer.Option("--json", metavar="PATH", help="a copy of the result, - for stdout"),
     ] = None,
 ) -> None:
-    """Time LLaVA with and without pruning: prefill, decode, memory, and what selection adds."""
+    """Time a LLaVA with and without pruning: prefill, decode, memory, and what selection adds."""
     console = _console(stderr=json_path == "-")
     try:
-        settings, where = replace(SMOKE, variants=_choose(methods)), torch.device("cpu")
+        settings = preset(model, smoke=smoke).choose(methods)
+        where = torch.device("cpu")
         if not smoke:
-            settings = Settings(
-                model=model,
-                batches=_numbers(batch),
-                keeps=_numbers(keep),
-                variants=_choose(methods),
-                repeats=repeats,
-            )
-            where, out = _device(device), out or results.default_path(NAME)
+            given: dict[str, Any] = {"batches": batch and _numbers(batch), "repeats": repeats}
+            settings = replace(settings, **{k: v for k, v in given.items() if v is not None})
+            settings = settings.at(_numbers(keep)) if keep else settings
+            where, out = _device(device), out or results.default_path(settings.file_name)
         result = run(settings, where, lambda line: _say(console, line))
         if out is not None:
             _say(console, f"written to {result.write(out)}")
@@ -368,16 +341,6 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise DataError(f"expected whole numbers with commas between, got {text!r}") from error
-
-
-def _choose(text: str | None) -> tuple[Variant, ...]:
-    if text is None:
-        return VARIANTS
-    names = text.split(",")
-    known = {variant.method for variant in VARIANTS}
-    if unknown := sorted(set(names) - known):
-        raise DataError(f"no benchmark for {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    return tuple(variant for variant in VARIANTS if variant.method in names)
 
 
 def _device(name: str) -> torch.device:

@@ -144,7 +144,7 @@ def _run(
     lengths = prompt_lengths(report, rows, inputs["input_ids"].shape[1] - total)
     if fault := cache_fault(out.past_key_values, lengths):
         raise CheckFailed(fault)
-    (method,) = attachment.methods
+    method: Any = attachment.methods[0]  # a pruner, which can say how many tokens it leaves
     left = method.survivors(total, keep, attachment.host.facts)
     kept = [indices.tolist() for indices in report.kept]
     check_kept(kept, left, rows, total)
@@ -164,14 +164,9 @@ def _logits(model: Any, inputs: Inputs, token: Tensor) -> tuple[Tensor, Tensor]:
 
 def _step(model: Any, inputs: Inputs, out: Any, token: Tensor) -> Tensor:
     """Logits of one more token, in a loop written against the long prompt, as users write it."""
-    length = inputs["input_ids"].shape[1]
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
-    return model(
-        input_ids=token,
-        attention_mask=mask,
-        position_ids=torch.full_like(token, length),
-        past_key_values=out.past_key_values,
-    ).logits
+    cache = out.past_key_values
+    return model(input_ids=token, past_key_values=cache, attention_mask=mask).logits
 
 
 def _dropped(inputs: Inputs, kept: list[list[int]], image_token: int) -> list[list[int]]:

@@ -32,8 +32,10 @@ Maker = Callable[[Path], str]
 # Name of the table -> "module:function"; the function takes the folder of result files and returns
 # Markdown. It is imported when a document asks for the table.
 TABLES: dict[str, str] = {
+    "bench_graph": "vistoken.eval.bench_graph:readme_table",
     "bench_prune": "vistoken.eval.bench_prune_tables:readme_table",
     "bench_prune_methods": "vistoken.eval.bench_prune_tables:methods_table",
+    "bench_prune_next": "vistoken.eval.bench_prune_tables:next_table",
     "eval": "vistoken.eval.run_report:readme_table",
     "scoreboard": "vistoken.eval.scoreboard_tables:readme_table",
 }

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 
 import tiny
+import tiny_internvl
+import tiny_llava_next
+import tiny_llava_onevision
+import tiny_qwen
 from vistoken.pictures import Picture
 from vistoken.registry import recognise
 
@@ -65,4 +69,14 @@ def _llava_many() -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]
 
 HOSTS = [
     HostCase("llava", tiny.tiny_llava, _llava_one, _llava_many, tokens=tiny.TOKENS, keep=9),
+    *tiny_llava_next.cases(),
+    *tiny_llava_onevision.cases(),
+    *tiny_internvl.cases(),
+    *(
+        HostCase(name, build, tiny_qwen.one_image, tiny_qwen.many, tokens=tiny_qwen.TOKENS, keep=9)
+        for name, build in (
+            ("qwen2_5_vl", tiny_qwen.tiny_qwen2_5_vl),
+            ("qwen3_vl", tiny_qwen.tiny_qwen3_vl),
+        )
+    ),
 ]

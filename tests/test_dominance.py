@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vistoken.dominance import aei, attention_mass, depth_thirds, mdi
-from vistoken.errors import MethodError
+from vistoken.dominance import Dominance, Masses, aei, attention_mass, depth_thirds, mdi
+from vistoken.errors import DataError, MethodError
 
 
 def attention(rows: int, queries: int, keys: int, seed: int = 0) -> Tensor:
@@ -143,3 +144,36 @@ def test_thirds_cover_the_layers_once() -> None:
         assert sizes == sorted(sizes) and sizes[-1] - sizes[0] <= 1
     with pytest.raises(MethodError, match="at least 3"):
         depth_thirds(2)
+
+
+# --- the result -----------------------------------------------------------------------------------
+
+
+def test_thirds_are_of_mean_masses() -> None:
+    text = torch.tensor([[0.5], [0.1], [0.2], [0.6]])
+    one = torch.tensor([1])
+    found = Dominance.of(Masses(text, 1 - text, 4 * one, 12 * one, one, one), "a", ())
+    assert found.mdi == pytest.approx([3, 1 / 3, 0.75, 4.5])
+    assert [(t.first, t.last) for t in found.thirds.values()] == [(0, 0), (1, 1), (2, 3)]
+    assert found.thirds["late"].mdi == pytest.approx((0.4 / 4) / (0.6 / 12))
+    assert found.thirds["late"].aei == pytest.approx(0.4 / (4 / 16))
+    two = Dominance.of(Masses(text[:2], 1 - text[:2], 4 * one, 12 * one, one, one), "a", ())
+    assert two.thirds == {} and two.layers == 2
+
+
+def test_an_index_that_is_not_finite_is_none_in_json() -> None:
+    one = torch.ones(1, dtype=torch.long)
+    mass = torch.ones(3, 1)
+    found = Dominance.of(Masses(mass, 0 * mass, one, one, one, one), "a", ())
+    assert found.mdi == (float("inf"),) * 3
+    plain = found.to_dict()
+    assert plain["mdi"] == [None] * 3 and plain["thirds"]["early"]["mdi"] is None
+    assert json.loads(json.dumps(plain, allow_nan=False))["aei"] == [2.0] * 3
+
+
+def test_rows_that_cannot_be_compared_are_refused() -> None:
+    none, one, mass = torch.tensor([0, 1, 1]), torch.ones(3, dtype=torch.long), torch.ones(3, 3)
+    counts = (one, none, one, torch.tensor([1, 0, 1]))
+    assert Dominance.of(Masses(mass, mass, *counts), "a", ()).rows == (2,)
+    with pytest.raises(DataError, match="No row of the batch"):
+        Dominance.of(Masses(mass, mass, one, one, one, 0 * one), "a", ())

@@ -164,9 +164,7 @@ def steps(model: Any, inputs: dict[str, Tensor], output: Any) -> list[Tensor]:
     tokens = torch.randint(6, 64, (8, len(mask), 1), generator=torch.Generator().manual_seed(0))
     for token in tokens:
         mask = torch.cat([mask, torch.ones_like(token)], dim=1)
-        output = model(
-            input_ids=token, attention_mask=mask, past_key_values=output.past_key_values
-        )
+        output = model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values)
         found.append(output.logits[:, -1])
     return found
 

@@ -26,7 +26,7 @@ from vistoken.errors import (
 
 if TYPE_CHECKING:
     from vistoken.attachment import Attachment, attach, attachments, detach
-    from vistoken.inspection import inspect
+    from vistoken.inspection import inspect, inspect_dominance
     from vistoken.method import Method
     from vistoken.registry import (
         MethodInfo,
@@ -54,6 +54,7 @@ __all__ = [
     "attachments",
     "detach",
     "inspect",
+    "inspect_dominance",
     "list_methods",
     "list_shipped",
     "load_recipe",
@@ -66,7 +67,7 @@ __all__ = [
 # Public name -> the module that holds it, loaded when the name is first asked for.
 _HOMES = {
     "vistoken.attachment": ("Attachment", "attach", "attachments", "detach"),
-    "vistoken.inspection": ("inspect",),
+    "vistoken.inspection": ("inspect", "inspect_dominance"),
     "vistoken.method": ("Method",),
     "vistoken.registry": (
         "MethodInfo",

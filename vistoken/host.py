@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch import nn
 
 from vistoken.contract import ModelFacts, Place, Signal, Stage
+from vistoken.dominance import Masses
 from vistoken.edits import Edits
+from vistoken.errors import ModelNotSupported
 from vistoken.method import Method
 from vistoken.pictures import Picture
 from vistoken.report import CallRecord, Ledger
@@ -59,3 +61,13 @@ class Host(ABC):
         self, method: Method, stages: tuple[Stage, ...], edits: Edits, ledger: Ledger
     ) -> None:
         """Put `method` into the model through `edits`; report every call to `ledger`."""
+
+    def attention_masses(self, inputs: Mapping[str, Any], new_tokens: int) -> Masses:
+        """What up to `new_tokens` greedily generated tokens attend to; leaves the model as it was.
+
+        Raises `ModelNotSupported` for models that generate no text.
+        """
+        raise ModelNotSupported(
+            f"{self.title} generates no text, so there is no text dominance to measure; use a "
+            "vision-language model."
+        )

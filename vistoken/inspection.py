@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from vistoken import registry
 from vistoken.attachment import attachments, core_model
 from vistoken.contract import ModelFacts
+from vistoken.dominance import Dominance
 from vistoken.host import Host
 from vistoken.report import Report
 
@@ -70,10 +72,29 @@ def inspect(model: Any) -> Inspection:
         places=tuple(sorted(place.value for place in host.places)),
         signals=tuple(sorted(signal.value for signal in host.signals)),
         methods=tuple(row.name for row in registry.list_methods() if host.name in row.hosts),
-        attached=tuple(str(m) for held in attachments(core) for m in held.methods),
+        attached=_attached(core),
         tokens=tokens,
         savings={keep: _estimate(host, keep) for keep in budgets},
     )
+
+
+def inspect_dominance(model: Any, inputs: Mapping[str, Any], *, new_tokens: int = 16) -> Dominance:
+    """Measure how much more a VLM attends to its text than to its pictures, in every LLM layer.
+
+    Generates up to `new_tokens` tokens greedily from `inputs`, the processor's output on the
+    model's device, and reads what they attend to; no attention map is materialised, and the model
+    is left as it was. With a method attached that acts before the LLM the numbers are those of the
+    pruned prompt. Raises `AttachError` when one acts inside the LLM, `DataError` where no row has
+    both a picture and an answer, `MethodError` for a bad `new_tokens`, `ModelNotSupported`.
+    Wu et al., arXiv 2508.10552.
+    """
+    core = core_model(model)
+    host = registry.recognise(core)
+    return Dominance.of(host.attention_masses(inputs, new_tokens), host.title, _attached(core))
+
+
+def _attached(core: Any) -> tuple[str, ...]:
+    return tuple(str(method) for held in attachments(core) for method in held.methods)
 
 
 def _estimate(host: Host, keep: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,9 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 import vistoken
-from vistoken.commands.loading import inspect_model
+from vistoken.commands.loading import complete_prompt, inspect_model, load_model, quiet
 from vistoken.commands.output import AsJson, Debug, busy, console, fails_clearly, print_json
 from vistoken.errors import MethodError
+from vistoken.picture import open_picture
+
+PROMPT = "describe the image."
 
 
 @fails_clearly
@@ -104,13 +108,57 @@ def inspect(
     model: Annotated[
         str, typer.Option(help="Local checkpoint folder, or `shipped` for the model inside.")
     ] = "shipped",
+    text_dominance: Annotated[
+        bool, typer.Option("--text-dominance", help="Measure attention to text against pictures.")
+    ] = False,
+    image: Annotated[
+        Path | None, typer.Option(help="Image file for that; else a generated scene.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help=f"Prompt for that; else {PROMPT!r}")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Generated tokens whose attention is read.", min=1)
+    ] = 16,
+    device: Annotated[str, typer.Option(help="For that: auto, cpu, cuda or cuda:1.")] = "auto",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Say what vistoken sees in a model, which methods fit it, and what pruning would save."""
+    """Say what vistoken sees in a model, which methods fit it, and what pruning would save.
+
+    With --text-dominance: how much more it attends to text than to the picture, layer by layer.
+    """
+    if text_dominance:
+        _dominance(model, image, prompt or PROMPT, max_new_tokens, device, as_json)
+        return
+    if image is not None or prompt is not None:
+        raise MethodError("--image and --prompt are for --text-dominance; add it, or leave them.")
     with busy("reading the model"):
         found = inspect_model(model)
     if as_json:
         print_json(found.to_dict())
     else:
         console().print(Text(str(found)))
+
+
+def _dominance(
+    model: str, image: Path | None, prompt: str, limit: int, device: str, as_json: bool
+) -> None:
+    from vistoken.eval.scenes import draw, make_scene
+
+    picture = draw(make_scene(0)) if image is None else open_picture(image)
+    with busy("reading the model"):
+        loaded, processor = load_model(model, device)
+    text = complete_prompt(processor, prompt)
+    inputs = processor(images=picture, text=text, return_tensors="pt").to(loaded.device)
+    with quiet(), busy("answering"):
+        found = vistoken.inspect_dominance(loaded, inputs, new_tokens=limit)
+    if as_json:
+        about = {"prompt": text, "image": None if image is None else str(image)}
+        print_json({**about, **found.to_dict()})
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("LLM layers")
+    for heading in ("MDI", "AEI"):
+        table.add_column(heading, justify="right")
+    for number, row in enumerate(found.table(), 1):
+        table.add_row(*row, end_section=number == len(found.thirds))
+    console().print(Text(found.summary()), table, Text(found.note, style="dim"))
