@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from vistoken import prompt
 from vistoken.adapters.vlm import PIPELINE
-from vistoken.adapters.vlm_pipeline import LongPrompt, Pipeline
+from vistoken.adapters.vlm_pipeline import Pipeline
+from vistoken.adapters.vlm_prompt import LongPrompt
 from vistoken.adapters.vlm_rows import rotate
 from vistoken.contract import Signal
 from vistoken.dominance import Masses, attention_mass

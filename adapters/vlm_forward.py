@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vistoken.adapters.vlm import PIPELINE
 from vistoken.adapters.vlm_cut import Cut
 from vistoken.adapters.vlm_language import LanguageCall, LanguagePlan, begin, current
-from vistoken.adapters.vlm_pipeline import Pipeline, ShortPrompt
+from vistoken.adapters.vlm_pipeline import Pipeline
+from vistoken.adapters.vlm_prompt import ShortPrompt
 from vistoken.errors import AttachError
 
 REMEMBERED = "_vistoken_prompt"
@@ -99,12 +100,8 @@ def refuse_encoded(pipeline: Pipeline, given: dict[str, Any]) -> None:
 
 
 class ShortenForward:
-    """Hook before the model's forward: replaces the long prompt by the short one.
+    """Hook before the model's forward: replaces the long prompt by the short one."""
 
-    Not traced by torch.compile, which would follow the planning of every prompt.
-    """
-
-    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         pipeline: Pipeline = module.__dict__[PIPELINE]
         given = dict(zip(pipeline.host.forward_names, args, strict=False)) | kwargs

@@ -12,6 +12,7 @@ from torch import Tensor
 from vistoken import prompt
 from vistoken.adapters.vlm import VisionLanguageHost
 from vistoken.adapters.vlm_language import Group, LanguagePlan
+from vistoken.adapters.vlm_prompt import LongPrompt, ShortPrompt
 from vistoken.adapters.vlm_tower import Entry, TowerCall, current_call, stack
 from vistoken.contract import Place, Signal, Stage, View
 from vistoken.errors import DataError, MethodError
@@ -20,36 +21,6 @@ from vistoken.language import Text
 from vistoken.pictures import Picture
 from vistoken.pruning import Pruner
 from vistoken.report import CallRecord
-
-
-@dataclass(frozen=True)
-class LongPrompt:
-    """A call's prompt and pictures, as the caller gave them.
-
-    ids [B, L] or embeds [B, L, C]; mask [B, L] and positions may be None; vision: the arguments
-    for the tower that are not None. kinds [B, L] on the CPU: 0 for text, else 1 + the number of
-    the placeholder's kind. pictures in encoding order; layout: where they lie.
-    """
-
-    ids: Tensor | None
-    embeds: Tensor | None
-    mask: Tensor | None
-    positions: Tensor | None
-    vision: dict[str, Any]
-    kinds: Tensor
-    pictures: tuple[Picture, ...]
-    layout: prompt.Layout
-
-
-@dataclass(frozen=True)
-class ShortPrompt:
-    """What the LLM reads instead of the long prompt, and how the two map to each other."""
-
-    inputs_embeds: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor | None
-    shortening: prompt.Shortening
-    language: LanguagePlan
 
 
 @dataclass(frozen=True)
@@ -104,6 +75,7 @@ class Pipeline:
         """Whether a call brings pixels."""
         return any(given.get(name) is not None for name in self.host.pixel_arguments)
 
+    @torch.compiler.disable  # planning on the CPU is not for the compiler; the tower is
     def read(
         self,
         ids: Tensor | None,
@@ -123,16 +95,17 @@ class Pipeline:
     def _kinds(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
         if ids is None and embeds is None:
             raise DataError("The call has pixel_values but neither input_ids nor inputs_embeds.")
-        known = None if ids is None else ids.cpu()
-        kinds = torch.zeros((embeds if known is None else known).shape[:2], dtype=torch.long)
-        for number, token in enumerate(self.host.placeholders().values(), 1):
-            if known is not None:
-                kinds[known == token] = number
-            elif embeds is not None:
-                embedding = self.host.model.get_input_embeddings()
-                row = embedding(torch.tensor(token, device=embeds.device))
-                kinds[(embeds == row).all(-1).cpu()] = number
-        return kinds
+        placeholders = self.host.placeholders().values()
+        if ids is not None:
+            known = ids.cpu()
+            found = [known == token for token in placeholders]
+        else:
+            assert embeds is not None  # one of the two is given
+            tokens = torch.tensor(list(placeholders), device=embeds.device)
+            rows = self.host.model.get_input_embeddings()(tokens)
+            found = [(embeds == row).all(-1).cpu() for row in rows]
+        numbers = torch.arange(1, len(found) + 1)
+        return (torch.stack(found, dim=-1) * numbers).sum(-1)
 
     def _budget(self, method: Pruner, picture: Picture) -> int | None:
         """How many of a picture's own tokens stay, or None when everything does."""
@@ -176,7 +149,7 @@ class Pipeline:
         device = features[0].device  # the caller may have left the prompt on the CPU
         kept, visual = self._assemble(long, groups, features)
         counts = [len(stay) for stay in kept]
-        plan = prompt.shorten(long.layout, torch.cat(kept), counts)
+        plan = _plan(long.layout, torch.cat(kept), counts)
         if long.embeds is None:
             filler = next(iter(host.placeholders().values()))
             ids = plan.take(_on(device, long.ids), filler)
@@ -381,6 +354,9 @@ class Pipeline:
             self._itemsize,
             tuple(note for signal, note in host.fallbacks.items() if signal in wanted),
         )
+
+
+_plan = torch.compiler.disable(prompt.shorten)
 
 
 def _level(keep: int, tiles: list[int]) -> int:

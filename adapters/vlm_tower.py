@@ -198,7 +198,6 @@ class MergeInBlock(_TowerHook):
     `DropAfterLayer` put that right.
     """
 
-    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         call = self._call()
         if call is None:
@@ -219,7 +218,6 @@ class MergeInBlock(_TowerHook):
 class FinishBlock(_TowerHook):
     """Hook after a layer's MLP: notes the merged tokens' sum, gives the layer a blank to add."""
 
-    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         call = self._call()
         merged = None if call is None else call.merged.get(self.layer)
@@ -234,7 +232,6 @@ class FinishBlock(_TowerHook):
 class DropAfterLayer(_TowerHook):
     """Hook before vision layer l + 1: drops the tokens that a stage at layer l gave up."""
 
-    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         call = self._call()
         if call is None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import vistoken
 from vistoken.errors import DataError
+from vistoken.pruning import Pruner
 
 Ids = tuple[int, ...]
 Progress = Callable[[int], object]
@@ -166,7 +167,7 @@ def shares_prefix(model: Any) -> bool:
     return (
         getattr(model.config, "model_type", None) in SHARED_PREFIX_TYPES
         and not changed
-        and all(method.family == "pruning" and not method.follows_text for method in methods)
+        and all(isinstance(m, Pruner) and not m.follows_text for m in methods)
     )
 
 

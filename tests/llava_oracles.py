@@ -61,6 +61,17 @@ def padded_batch() -> dict[str, Tensor]:
     return {**tiny.batch(*rows), "pixel_values": tiny.pictures(3, seed=5)}
 
 
+def mixed_batch() -> dict[str, Tensor]:
+    """The same with a row of text alone, and one whose picture comes last."""
+    rows = (
+        tiny.prompt(3, "image", 4, "image", 7, seed=1),
+        tiny.prompt(2, "image", 11, seed=2),
+        tiny.prompt(20, seed=3),
+        tiny.prompt(6, "image", seed=4),
+    )
+    return {**tiny.batch(*rows), "pixel_values": tiny.pictures(4, seed=5)}
+
+
 def one_row() -> dict[str, Tensor]:
     ids = tiny.prompt(4, "image", 9, seed=3)
     return {**tiny.batch(ids), "pixel_values": tiny.pictures(1, seed=4)}
@@ -68,13 +79,12 @@ def one_row() -> dict[str, Tensor]:
 
 def singles(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """The rows of a batch as calls of their own."""
-    return [
-        {
-            **tiny.batch(row.ids),
-            "pixel_values": inputs["pixel_values"][row.first : row.first + len(row.pictures)],
-        }
-        for row in rows_of(inputs)
-    ]
+    found = []
+    for row in rows_of(inputs):
+        pixels = inputs["pixel_values"][row.first : row.first + len(row.pictures)]
+        given = {"pixel_values": pixels} if row.pictures else {}
+        found.append({**tiny.batch(row.ids), **given})
+    return found
 
 
 def features(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
@@ -302,6 +312,8 @@ def pruned(
     """Logits of the prefill's last column and of each step, and what was left of each picture."""
     with vistoken.attach(model, method) as held:
         logits = greedy(model, inputs, steps)
+        if "pixel_values" not in inputs:
+            return logits, []
         return logits, [kept.tolist() for kept in held.report().kept]
 
 
@@ -318,13 +330,13 @@ def assert_rows(found: list[Tensor], by_row: list[list[Tensor]]) -> None:
 
 def check_batch_is_its_rows(method: Pruner, **shape: Any) -> None:
     """A left-padded batch keeps and says what its rows do alone; sdpa and eager choose the same."""
-    inputs, kept_by = padded_batch(), []
+    inputs, kept_by = mixed_batch(), []
     for attention in ("sdpa", "eager"):
         model = tiny.tiny_llava(attention=attention, **shape)
         together, kept = pruned(model, inputs, method, 3)
         alone = [pruned(model, one, method, 3) for one in singles(inputs)]
         assert [stay for _, own in alone for stay in own] == kept
-        assert len(kept) == 3 and all(0 < len(stay) < tiny.TOKENS for stay in kept)
+        assert len(kept) == 4 and all(0 < len(stay) < tiny.TOKENS for stay in kept)
         assert_rows(together, [[logits[0] for logits in steps] for steps, _ in alone])
         kept_by.append(kept)
     assert kept_by[0] == kept_by[1]

@@ -95,6 +95,7 @@ class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in blocked:
             raise ModuleNotFoundError(f"No module named {{name!r}} (blocked)", name=name)
+import torch._dynamo  # asks for packages that it can do without
 sys.meta_path.insert(0, Blocker())
 import vistoken
 def modules(package):

@@ -1,4 +1,4 @@
-"""Methods that act after the projector, attached to a model, against what its parts give by hand."""
+"""Methods that act after the projector, attached to a model, against its parts run by hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def no_graph() -> Iterator[None]:
         yield
 
 
-# --- the bare model's parts ---------------------------------------------------------------------
+# --- the bare model's parts ----------------------------------------------------------------------
 
 
 @dataclass
@@ -209,7 +209,10 @@ def test_zeroth_order(
     method = ZerothOrder(
         keep=KEEP, mode=mode, directions=directions, step=step, seed=3, positions=positions
     )
-    by_hand = lambda seen: sensitive(seen, responses(seen, mode, directions, step))  # noqa: E731
+
+    def by_hand(seen: Seen) -> Picks:
+        return sensitive(seen, responses(seen, mode, directions, step))
+
     check(method, attention, make, by_hand)
 
 
@@ -234,7 +237,7 @@ def test_zeroth_order_of_a_half_precision_model_is_computed_in_fp32(mode: str) -
     assert kept == expected
 
 
-# --- DivPrune and Spread ----------------------------------------------------------------------------
+# --- DivPrune and Spread -------------------------------------------------------------------------
 
 
 def diverse(seen: Seen) -> Picks:
@@ -278,7 +281,7 @@ def test_spread(sharpness: float, reach: float, positions: str, make: Any, atten
     check(method, attention, make, lambda seen: spread_out(seen, sharpness, reach))
 
 
-# --- what all of them share ------------------------------------------------------------------------
+# --- what all of them share ----------------------------------------------------------------------
 
 METHODS: list[tuple[Pruner, Callable[[Seen], Picks]]] = [
     (VisionZip(keep=KEEP), lambda seen: zipped(seen, "mean", 2)),

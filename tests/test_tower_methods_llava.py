@@ -222,7 +222,9 @@ def test_flowcut_by_the_least_entropy_of_the_batch(make: Any, mode: str, attenti
 def test_the_official_schedule_depends_on_the_batch() -> None:
     model, inputs = tiny_llava(), hand.padded_batch()
     together = cut_by_hand(model, inputs["pixel_values"], 9, "released", None)[2]
-    alone = [cut_by_hand(model, one[None], 9, "released", None)[2] for one in inputs["pixel_values"]]
+    alone = [
+        cut_by_hand(model, one[None], 9, "released", None)[2] for one in inputs["pixel_values"]
+    ]
     assert together[2] == min(lengths[2] for lengths in alone)
     assert any(lengths != together for lengths in alone)
 

@@ -90,9 +90,14 @@ def method_class(name: str) -> type[Method]:
 
 
 def host_classes() -> list[type[Host]]:
-    """Return every host class: the files of `adapters/`, then those of outside packages."""
+    """Return every host class: the files of `adapters/`, then those of outside packages.
+
+    Files whose names begin with `vlm` hold what hosts share; a host imports them when it is used.
+    """
     hosts: list[type[Host]] = []
     for name in _files("vistoken.adapters"):
+        if name.startswith("vlm"):
+            continue
         module = importlib.import_module(f"vistoken.adapters.{name}")
         hosts += [cls for cls in _classes(module, Host) if getattr(cls, "classes", ())]
     return hosts + [point.load() for point in _outside("vistoken.hosts").values()]

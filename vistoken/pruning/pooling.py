@@ -69,12 +69,12 @@ def share_out(grids: tuple[tuple[int, int], ...], keep: int) -> tuple[int, ...]:
     for grid in grids:
         size = grid[0] * grid[1]
         share = keep * size / total
-        works = [count for count in range(1, size + 1) if _factor(grid, count)]
-        works = sorted(works, key=lambda count, share=share: abs(count - share))[:_CHOICES]
+        fits = [count for count in range(1, size + 1) if _factor(grid, count)]
+        works = sorted((abs(count - share), count) for count in fits)[:_CHOICES]
         found: dict[int, tuple[float, tuple[int, ...]]] = {}
         for used, (cost, chosen) in best.items():
-            for count in works:
-                option = (cost + abs(count - share), (*chosen, count))
+            for off, count in works:
+                option = (cost + off, (*chosen, count))
                 if used + count <= keep and option < found.get(used + count, (math.inf, ())):
                     found[used + count] = option
         best = found
