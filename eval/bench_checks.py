@@ -190,11 +190,15 @@ def count_flops(model: Any, inputs: Inputs) -> dict[str, int]:
 
     `total`, and of it `select`: what runs between the projector and the LLM, a method's own work.
     The counter knows the attention kernels of CUDA; the one of the CPU is added here with the same
-    formula (all S × S products, a causal mask notwithstanding).
+    formula (all S × S products, a causal mask notwithstanding), and the batched product that is
+    told its output's dtype, at which the counter fails.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    mapping = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        torch.ops.aten.bmm: _product_flops,
+    }
     seen = {}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
 
@@ -211,3 +215,8 @@ def _attention_flops(
 ) -> int:
     batch, heads, queries, width = query
     return 2 * batch * heads * queries * key[2] * (width + value[3])
+
+
+def _product_flops(left: torch.Size, right: torch.Size, *args: Any, **kwargs: Any) -> int:
+    batch, rows, inner = left
+    return 2 * batch * rows * inner * right[2]
