@@ -147,9 +147,8 @@ class Pipeline:
             long = self._with_positions(long)
         call, groups, features = self._encode(long)
         device = features[0].device  # the caller may have left the prompt on the CPU
-        kept, visual = self._assemble(long, groups, features)
-        counts = [len(stay) for stay in kept]
-        plan = _plan(long.layout, torch.cat(kept), counts)
+        kept, visual, counts = self._assemble(long, groups, features)
+        plan = _plan(long.layout, kept, counts)
         if long.embeds is None:
             filler = next(iter(host.placeholders().values()))
             ids = plan.take(_on(device, long.ids), filler)
@@ -164,12 +163,13 @@ class Pipeline:
             mask = torch.ones(shape, dtype=torch.long, device=device)
         positions = self._positions(long, plan, mask)
         short = plan.take(mask, 0)
-        for group in groups:
-            group.follow(None)  # from here on its slots count in the short run
+        if self.cuts_inside:
+            for group in groups:
+                group.follow(None)  # from here on its slots count in the short run
         record = self._record(long, call, groups, plan)
         for entry in self.entries:
             entry.ledger.write(record)
-        injected = host.inject(call, plan, kept)
+        injected = host.inject(call, plan, list(kept.split(counts))) if host.injects else {}
         language = LanguagePlan(self.entries, groups, plan.short, short, record, injected)
         return ShortPrompt(embeds, short, positions, plan, language)
 
@@ -285,26 +285,37 @@ class Pipeline:
 
     def _assemble(
         self, long: LongPrompt, groups: list[Group], features: list[Tensor]
-    ) -> tuple[list[Tensor], Tensor]:
-        """For each picture which tokens of its run stay, and the features of all of them [T, C]."""
-        kept: list[Tensor] = [torch.empty(0)] * len(long.pictures)
-        tokens: list[Tensor] = [torch.empty(0)] * len(long.pictures)
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """Which tokens of their runs stay [T], their features [T, C], and how many of each picture.
+
+        Picture by picture, newline tokens included.
+        """
+        runs, tokens = [], []
         for group, found in zip(groups, features, strict=True):
-            picture, device = group.picture, found.device
-            run = _on(device, picture.run_index())[group.origin]
+            picture, run = group.picture, group.origin
+            if picture.separators:
+                run = _on(found.device, picture.run_index())[run]
             group.slots = run
             acts = any(budget is not None for budget in group.budgets)
             if picture.separators and not (acts and self.drops_newlines):
-                between = torch.tensor(picture.separators).to(device, non_blocking=True)
+                between = _on(found.device, torch.tensor(picture.separators))
                 group.separators = between.expand(len(run), -1)
                 newline = self.host.separator().to(found).expand(*group.separators.shape, -1)
                 run, order = torch.cat([run, group.separators], dim=1).sort(dim=1)
                 found = gather_tokens(torch.cat([found, newline], dim=1), order)
-            if len(groups) == 1:
-                return list(run), found.flatten(0, 1)
-            for member, stay, own in zip(group.members, run, found, strict=True):
-                kept[member], tokens[member] = stay, own
-        return kept, torch.cat(tokens)
+            runs.append(run)
+            tokens.append(found)
+        if len(groups) == 1:
+            return runs[0].flatten(), tokens[0].flatten(0, 1), [runs[0].shape[1]] * len(runs[0])
+        where = {
+            member: (number, row)
+            for number, group in enumerate(groups)
+            for row, member in enumerate(group.members)
+        }
+        order = [where[member] for member in range(len(long.pictures))]
+        kept = [runs[number][row] for number, row in order]
+        visual = torch.cat([tokens[number][row] for number, row in order])
+        return torch.cat(kept), visual, [len(stay) for stay in kept]
 
     def _with_positions(self, long: LongPrompt) -> LongPrompt:
         """The prompt with positions [3 or 4, B, L], found before the tower fills the device."""

@@ -102,9 +102,9 @@ def load(path: str | Path, benchmark: str | None = None) -> ResultFile:
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Describe the machine and the source: device, driver, versions, git commit, date (UTC).
 
-    `commit` is None where it is not known: outside a git checkout of vistoken, unless the
-    variable VISTOKEN_COMMIT names it (with "+dirty" behind a changed one). `dirty` does not count
-    changed result files.
+    The commit is what the variable VISTOKEN_COMMIT names (with "+dirty" behind a changed one), for
+    machines to which the source alone was copied, else that of the git checkout, else None.
+    `dirty` does not count changed result files.
     """
     device = torch.device(device)
     commit, dirty = _commit()
@@ -158,6 +158,9 @@ def _version(distribution: str) -> str | None:
 
 def _commit() -> tuple[str | None, bool | None]:
     """The commit of this source and whether files differ from it; (None, None) if unknown."""
+    named = os.environ.get(COMMIT_VARIABLE)
+    if named:
+        return named.removesuffix("+dirty"), named.endswith("+dirty")
     root = Path(__file__).resolve().parents[1]
     git = shutil.which("git")
     if git is not None:
@@ -168,10 +171,7 @@ def _commit() -> tuple[str | None, bool | None]:
                 [git, "-C", str(root), "status", "--porcelain", "--", ".", ":!eval/results"]
             )
             return commit.strip(), None if status is None else bool(status.strip())
-    named = os.environ.get(COMMIT_VARIABLE)
-    if not named:
-        return None, None
-    return named.removesuffix("+dirty"), named.endswith("+dirty")
+    return None, None
 
 
 def _output(command: list[str]) -> str | None:

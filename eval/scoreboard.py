@@ -39,7 +39,7 @@ from vistoken.eval.scoreboard_tables import NAME, SCORED, details, note, overvie
 
 LONGEST_ANSWER = 8
 _CHECKED_PICTURES = 2
-_BATCHES = {"cuda": 32}  # pictures read at once
+_BATCHES = {"cuda": 64}  # pictures read at once
 
 Watch = Callable[[str, int], object]
 

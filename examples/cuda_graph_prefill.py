@@ -74,9 +74,12 @@ def graphed_prefill(
     tokens. Without CUDA the same operations run eagerly. The model's attention must be sdpa.
     """
     rows, length = embeds.shape[:2]
-    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length + room)
-    mask = torch.ones(length, length + room, dtype=torch.bool, device=embeds.device).tril()
-    mask = mask.expand(rows, 1, -1, -1)
+    size = (
+        -(-(length + room) // 16) * 16
+    )  # attention kernels take masks of aligned rows as they are
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=size)
+    mask = torch.ones(length, size, dtype=torch.bool, device=embeds.device).tril()
+    mask = mask.repeat(rows, 1, 1, 1)
     embeds, positions = embeds.clone(), positions.clone()
 
     def run() -> Tensor:

@@ -22,6 +22,15 @@ from vistoken.pruning import Pruner
 
 STEPS = 8
 
+
+def tiny_llava(*, peak: float = 200.0, **shape: Any) -> Any:
+    """A tiny model whose tower looks at some tokens more than at others, the more the later."""
+    model = tiny.tiny_llava(**shape)
+    for number, layer in enumerate(model.model.vision_tower.encoder.layers):
+        layer.self_attn.q_proj.weight.data.mul_(1 + peak * number)
+    return model
+
+
 # --- prompts ---------------------------------------------------------------------------------
 
 
@@ -332,7 +341,7 @@ def check_batch_is_its_rows(method: Pruner, **shape: Any) -> None:
     """A left-padded batch keeps and says what its rows do alone; sdpa and eager choose the same."""
     inputs, kept_by = mixed_batch(), []
     for attention in ("sdpa", "eager"):
-        model = tiny.tiny_llava(attention=attention, **shape)
+        model = tiny_llava(attention=attention, **shape)
         together, kept = pruned(model, inputs, method, 3)
         alone = [pruned(model, one, method, 3) for one in singles(inputs)]
         assert [stay for _, own in alone for stay in own] == kept
@@ -344,8 +353,8 @@ def check_batch_is_its_rows(method: Pruner, **shape: Any) -> None:
 
 def check_leaves_no_trace(method: Pruner, neutral: Pruner, **shape: Any) -> None:
     """A budget of everything changes no bit; other models run untouched, even inside a call."""
-    model, inputs = tiny.tiny_llava(**shape), padded_batch()
-    other = tiny.tiny_llava(seed=1, **shape)
+    model, inputs = tiny_llava(**shape), padded_batch()
+    other = tiny_llava(seed=1, **shape)
     dense, theirs = model(**inputs).logits, other(**inputs).logits
     with vistoken.attach(model, neutral):
         assert torch.equal(model(**inputs).logits, dense)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,13 +35,13 @@ def no_graph() -> Iterator[None]:
 
 
 def tiny_llava(attention: str = "sdpa") -> Any:
-    return tiny.tiny_llava(layers=LAYERS, attention=attention)
+    return hand.tiny_llava(layers=LAYERS, attention=attention)
 
 
 def vision_maps(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """The bare tower's own attention [I, H, 1 + N, 1 + N] at the layer that is projected."""
-    tower = tiny.tiny_llava(layers=LAYERS, attention="eager").model.vision_tower
-    tower.load_state_dict(model.model.vision_tower.state_dict())
+    tower = copy.deepcopy(model.model.vision_tower)
+    tower.set_attn_implementation("eager")
     return tower(inputs["pixel_values"], output_attentions=True).attentions[SEEN]
 
 
@@ -54,7 +55,7 @@ def cls_row(maps: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_the_llm_by_hand_is_the_bare_model(kv_heads: int) -> None:
-    model = tiny.tiny_llava(layers=LAYERS, kv_heads=kv_heads, attention="eager")
+    model = hand.tiny_llava(layers=LAYERS, kv_heads=kv_heads, attention="eager")
     inputs = hand.one_row()
     (row,) = hand.rows_of(inputs)
     visual = hand.features(model, inputs)
@@ -187,8 +188,9 @@ def test_pyramid_without_text_prunes_before_the_llm() -> None:
 
 
 def importance(maps: Tensor, threshold: float) -> Tensor:
-    """VFlowOpt's map [N] from a tower's attention [H, 1 + N, 1 + N]."""
-    mean = maps.double().mean(0)[1:, 1:]
+    """VFlowOpt's map [N] from a tower's attention [H, 1 + N, 1 + N], as if it had no CLS token."""
+    among = maps[:, 1:, 1:].double()
+    mean = (among / among.sum(-1, keepdim=True)).mean(0)
     received = mean.mean(0)
     most = [i for i, r in enumerate(received) if r > threshold * received.mean()]
     return mean[most or list(range(len(mean)))].mean(0)

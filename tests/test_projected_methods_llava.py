@@ -76,7 +76,7 @@ def check(method: Pruner, attention: str, make: Any, by_hand: Callable[[Seen], P
 
     Without merged tokens the route's logits are the same to the last bit.
     """
-    model, inputs = tiny.tiny_llava(attention=attention), make()
+    model, inputs = hand.tiny_llava(attention=attention), make()
     found, kept = hand.pruned(model, inputs, method)
     picks = [by_hand(seen) for seen in look(model, inputs)]
     assert kept == [stay for stay, _ in picks]
@@ -218,7 +218,7 @@ def test_zeroth_order(
 
 @pytest.mark.parametrize("mode", ["exact", "reference"])
 def test_zeroth_order_of_a_half_precision_model_is_computed_in_fp32(mode: str) -> None:
-    model, inputs = tiny.tiny_llava().to(torch.bfloat16), hand.padded_batch()
+    model, inputs = hand.tiny_llava().to(torch.bfloat16), hand.padded_batch()
     with vistoken.attach(model, ZerothOrder(keep=KEEP, mode=mode, seed=3)) as held:
         model(**inputs)
         kept = [stay.tolist() for stay in held.report().kept]
@@ -297,7 +297,7 @@ names = [method.name for method, _ in METHODS]
 def test_the_layer_of_the_features_is_the_one_that_is_read(
     chosen: int, method: Pruner, by_hand: Callable[[Seen], Picks]
 ) -> None:
-    model, inputs = tiny.tiny_llava(feature_layer=chosen), hand.padded_batch()
+    model, inputs = hand.tiny_llava(feature_layer=chosen), hand.padded_batch()
     _, kept = hand.pruned(model, inputs, method, 0)
     assert kept == [by_hand(seen)[0] for seen in look(model, inputs, chosen)]
 
@@ -315,7 +315,7 @@ def test_no_trace_is_left(method: Pruner) -> None:
 @pytest.mark.parametrize("method", [DivPrune(keep=KEEP), ZerothOrder(keep=KEEP)], ids=["div", "zo"])
 def test_equal_tokens_are_not_kept_twice(method: Pruner) -> None:
     """A picture of few different patches in a tower without places: copies of a token come last."""
-    model, inputs = tiny.tiny_llava(), hand.one_row()
+    model, inputs = hand.tiny_llava(), hand.one_row()
     model.model.vision_tower.embeddings.position_embedding.weight.zero_()
     patch = inputs["pixel_values"][:, :, :14]
     inputs["pixel_values"] = patch.repeat(1, 1, tiny.GRID, 1)

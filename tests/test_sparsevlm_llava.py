@@ -34,7 +34,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def tiny_llava(**more: Any) -> Any:
-    return tiny.tiny_llava(layers=LAYERS, **more)
+    return hand.tiny_llava(layers=LAYERS, **more)
 
 
 def tops(mode: str, keep: int) -> dict[int, int]:

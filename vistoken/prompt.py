@@ -82,15 +82,17 @@ def read_layout(
     count, length = kinds.shape
     rows: list[int] = [0] * len(pictures)
     columns: list[int] = [0] * len(pictures)
-    present = [kind for kind, _ in pictures] + kinds[kinds != 0].unique().tolist()
-    for kind in sorted(set(present)):
+    most = max([int(kinds.max()) if kinds.numel() else 0, *(kind for kind, _ in pictures)])
+    for kind in range(1, most + 1):
         numbers = [i for i, (own, _) in enumerate(pictures) if own == kind]
         found = (kinds == kind).nonzero()
         tokens = [pictures[i][1] for i in numbers]
+        if not len(found) and not tokens:
+            continue
         if len(found) != sum(tokens):
             raise DataError(_mismatch((kinds == kind).sum(1).tolist(), tokens))
-        for number, run in zip(numbers, found.split(tokens), strict=True):
-            rows[number], columns[number] = _first_of(run)
+        for number, (row, column) in zip(numbers, _first_of(found, tokens), strict=True):
+            rows[number], columns[number] = row, column
     starts, ends = _unpadded(count, length, mask)
     for row, column, (_, size) in zip(rows, columns, pictures, strict=True):
         starts[row] = min(starts[row], column)  # a masked picture is no padding
@@ -108,20 +110,27 @@ def _mismatch(per_row: list[int], tokens: list[int]) -> str:
     )
 
 
-def _first_of(run: Tensor) -> tuple[int, int]:
-    """Row and column of the first placeholder of one picture [N, 2], whose others must follow."""
-    row, column = run[0].tolist()
-    if not bool((run[:, 0] == row).all()):
+def _first_of(found: Tensor, tokens: list[int]) -> list[list[int]]:
+    """Row and column of the first placeholder of each picture.
+
+    found [N, 2]: the placeholders, tokens[i] of them for picture i, which must follow one another.
+    """
+    owner, rank = _enumerate(torch.tensor(tokens, dtype=torch.long))
+    first = found[(torch.tensor(tokens).cumsum(0) - torch.tensor(tokens))]
+    torn = (found != first[owner] + torch.stack([torch.zeros_like(rank), rank], dim=1)).any(0)
+    if bool(torn[0]):
+        number = int(owner[(found[:, 0] != first[owner, 0]).nonzero()[0, 0]])
         raise DataError(
-            f"An image's {len(run)} placeholder tokens spread over two rows of the batch: each row "
-            "must hold a whole number of images."
+            f"An image's {tokens[number]} placeholder tokens spread over two rows of the batch: "
+            "each row must hold a whole number of images."
         )
-    if not bool((run[:, 1] == column + torch.arange(len(run))).all()):
+    if bool(torn[1]):
+        number = int(owner[(found[:, 1] != first[owner, 1] + rank).nonzero()[0, 0]])
         raise DataError(
-            f"An image's {len(run)} placeholder tokens do not follow one another; put nothing "
-            "between the placeholders of one image."
+            f"An image's {tokens[number]} placeholder tokens do not follow one another; put "
+            "nothing between the placeholders of one image."
         )
-    return row, column
+    return first.tolist()
 
 
 def _unpadded(rows: int, length: int, mask: Tensor | None) -> tuple[list[int], list[int]]:
