@@ -134,10 +134,10 @@ def _begin(pipeline: Pipeline, language: LanguagePlan | None, cache: Any, copies
                 f"A {type(cache).__name__} gives every layer one length, but pruning inside the "
                 "LLM leaves layers of unequal length; use a DynamicCache, or prune before the LLM."
             )
-        begin(LanguageCall(pipeline.host, language, [], copies))
+        begin(pipeline.host, LanguageCall(pipeline.host, language, [], copies))
     else:
         cuts: list[Cut] = getattr(cache, _CUTS, [])
-        begin(LanguageCall(pipeline.host, None, cuts) if cuts else None)
+        begin(pipeline.host, LanguageCall(pipeline.host, None, cuts) if cuts else None)
 
 
 def _short_forward(pipeline: Pipeline, given: dict[str, Any]) -> dict[str, Any] | None:
@@ -232,7 +232,7 @@ class FinishForward:
         call = current(pipeline.host)
         if call is None:
             return
-        begin(None)
+        begin(pipeline.host, None)
         if call.plan is not None:
             call.finish()
             if cache is not None and call.cuts:

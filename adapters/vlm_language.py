@@ -192,18 +192,25 @@ class LanguageCall:
             entry.ledger.write(record)
 
 
-_LANGUAGE: ContextVar[LanguageCall | None] = ContextVar("vistoken_language_call", default=None)
+_LANGUAGE: ContextVar[tuple[LanguageCall, ...]] = ContextVar("vistoken_language_calls", default=())
 
 
-def begin(call: LanguageCall | None) -> None:
-    """Make `call` the one that hooks on decoder layers of this thread follow; None for none."""
-    _LANGUAGE.set(call)
+def begin(host: VisionLanguageHost, call: LanguageCall | None) -> None:
+    """Make `call` the one that hooks on this host's decoder layers follow; None for none.
+
+    A call of another model that is under way in this thread goes on behind it.
+    """
+    running = _LANGUAGE.get()
+    for number, one in enumerate(running):
+        if one.host is host:
+            running = running[:number]
+            break
+    _LANGUAGE.set(running if call is None else (*running, call))
 
 
 def current(host: VisionLanguageHost) -> LanguageCall | None:
-    """The call of this thread, if it is one of this host's model."""
-    call = _LANGUAGE.get()
-    return call if call is not None and call.host is host else None
+    """The call of this host's model in this thread, if there is one."""
+    return next((call for call in _LANGUAGE.get() if call.host is host), None)
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,12 @@ def lines(result: results.ResultFile) -> list[tuple[str, dict[int, Mapping[str, 
 
 
 def costs(result: results.ResultFile) -> list[list[str]]:
-    """Return a line for each cost of a prefill, by budget (of the first method that has it)."""
+    """Return a line for each cost of a prefill, by budget: of methods that prune before the LLM.
+
+    Where no row says how many tokens a layer sees, of the first method.
+    """
     first = {row["keep"]: row for row in reversed(result.rows)}
+    first |= {r["keep"]: r for r in reversed(result.rows) if r.get("mean_tokens") == r["keep"]}
     return [
         [label, *(f"{first[keep][name] / unit:.2f}" for keep in budgets(result))]
         for name, unit, label in _COSTS
@@ -124,6 +128,22 @@ def note(result: results.ResultFile, interval: str = "[95 % interval over pictur
     )
 
 
+def costs_note(result: results.ResultFile) -> str:
+    """Return what the table does not show of methods that act inside the LLM, if there are any."""
+    inside = {
+        f"{row['method']} {row['mean_tokens']:.0f}"
+        for row in result.rows
+        if row["keep"] == min(budgets(result)) and row.get("mean_tokens", 0) > row["keep"] + 1
+    }
+    if not inside:
+        return ""
+    return (
+        " Costs are those of methods that prune before the LLM; of methods that act inside it the "
+        f"layers see more tokens on average, at a budget of {min(budgets(result))}: "
+        f"{', '.join(sorted(inside))}."
+    )
+
+
 def readme_table(folder: Path = results.FOLDER) -> str:
     """Return the Markdown table of the scoreboard's result file in `folder`."""
     result = results.load(folder / f"{NAME}.json", NAME)
@@ -132,4 +152,6 @@ def readme_table(folder: Path = results.FOLDER) -> str:
         [title, *(percent(mine[keep]) if keep in mine else "" for keep in budgets(result))]
         for title, mine in lines(result)
     ]
-    return Grid("", columns, [*rows, *costs(result)], note(result)).to_markdown()
+    return Grid(
+        "", columns, [*rows, *costs(result)], note(result) + costs_note(result)
+    ).to_markdown()

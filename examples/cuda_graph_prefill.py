@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import StaticCache
 
 import vistoken
@@ -84,13 +85,14 @@ def graphed_prefill(
 
     def run() -> Tensor:
         cache.reset()
-        hidden = model.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=mask,  # every token of a short prompt is there: causal, no padding
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            hidden = model.model.language_model(
+                inputs_embeds=embeds,
+                attention_mask=mask,  # every token of a short prompt is there: causal, no padding
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
         return model.lm_head(hidden[:, -1])
 
     replay = run

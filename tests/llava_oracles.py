@@ -157,7 +157,8 @@ class Once:
     """A stage that decides at the prefill and does the same again at every step of decoding."""
 
     def __init__(self, decide: Callable[[Stream], Choice]) -> None:
-        self.decide, self.choice = decide, None
+        self.decide = decide
+        self.choice: Choice | None = None
 
     def __call__(self, stream: Stream) -> None:
         if self.choice is None:
@@ -352,26 +353,43 @@ def check_batch_is_its_rows(method: Pruner, **shape: Any) -> None:
 
 
 def check_leaves_no_trace(method: Pruner, neutral: Pruner, **shape: Any) -> None:
-    """A budget of everything changes no bit; other models run untouched, even inside a call."""
+    """A budget of everything changes no bit; other models run as ever, even inside a call."""
     model, inputs = tiny_llava(**shape), padded_batch()
     other = tiny_llava(seed=1, **shape)
-    dense, theirs = model(**inputs).logits, other(**inputs).logits
+    pixels, words = inputs["pixel_values"], torch.randn(2, 50, 32)
+
+    def run_other() -> list[Tensor]:
+        parts = other.model.vision_tower(pixels), other.model.language_model(inputs_embeds=words)
+        return [other(**inputs).logits, *(part.last_hidden_state for part in parts)]
+
+    dense, theirs = model(**inputs).logits, run_other()
     with vistoken.attach(model, neutral):
         assert torch.equal(model(**inputs).logits, dense)
-    inside: list[Tensor] = []
     with vistoken.attach(model, method):
-        assert torch.equal(other(**inputs).logits, theirs)
-        first = model(**inputs).logits
-        tower, decoder = model.model.vision_tower, model.model.language_model
-        for module in (tower.encoder.layers[1], decoder.layers[1]):
-            hook = module.register_forward_hook(
-                lambda *_: inside.append(other(**inputs).logits), prepend=True
-            )
-            assert torch.equal(model(**inputs).logits, first)
-            hook.remove()
+        first = _same_within(model, inputs, run_other, theirs)
+        with vistoken.attach(other, method):  # their tower and their LLM by themselves stay dense
+            theirs[0] = other(**inputs).logits
+            assert torch.equal(_same_within(model, inputs, run_other, theirs), first)
         rng = torch.get_rng_state()
         assert torch.equal(model(**inputs).logits, first)
         assert torch.equal(torch.get_rng_state(), rng)
-    assert len(inside) == 2 and all(torch.equal(logits, theirs) for logits in inside)
     assert torch.equal(model(**inputs).logits, dense)
     assert not torch.equal(first[:, -1], dense[:, -1])
+
+
+def _same_within(
+    model: Any, inputs: dict[str, Tensor], run_other: Callable[[], Any], theirs: list[Tensor]
+) -> Tensor:
+    """The model's logits, which stay the same with another's runs amid its tower and its LLM."""
+    assert all(map(torch.equal, run_other(), theirs))
+    logits = model(**inputs).logits
+    assert all(map(torch.equal, run_other(), theirs))
+    inside: list[list[Tensor]] = []
+    layers = (model.model.vision_tower.encoder.layers[1], *model.model.language_model.layers[:3:2])
+    for module in layers:
+        hook = module.register_forward_hook(lambda *_: inside.append(run_other()), prepend=True)
+        assert torch.equal(model(**inputs).logits, logits)
+        hook.remove()
+    assert len(inside) == len(layers)
+    assert all(torch.equal(a, b) for found in inside for a, b in zip(found, theirs, strict=True))
+    return logits

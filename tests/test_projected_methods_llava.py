@@ -84,8 +84,7 @@ def check(method: Pruner, attention: str, make: Any, by_hand: Callable[[Seen], P
     for row in hand.rows_of(inputs):
         own = slice(row.first, row.first + len(row.pictures))
         left, tokens = (list(part) for part in zip(*picks[own], strict=True))
-        given = {"left": left, "renumber": renumber}
-        by_row.append(hand.greedy_by_hand(model, row, tokens, **given))
+        by_row.append(hand.greedy_by_hand(model, row, tokens, left=left, renumber=renumber))
     hand.assert_rows(found, by_row)
 
     with vistoken.attach(model, method):

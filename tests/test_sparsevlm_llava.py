@@ -255,17 +255,15 @@ def test_one_word_behind_the_picture_rates(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["v1.5", "v2"])
 def test_a_batch_is_its_rows(mode: str) -> None:
-    heads = {"heads": 2} if mode == "v2" else {}
+    heads: dict[str, Any] = {"heads": 2} if mode == "v2" else {}
     hand.check_batch_is_its_rows(SparseVLM(keep=30, mode=mode, **heads), layers=LAYERS)
 
 
 @pytest.mark.parametrize("mode", ["v1.5", "v2", "rank"])
 def test_no_trace_is_left(mode: str) -> None:
-    hand.check_leaves_no_trace(
-        SparseVLM(keep=20, mode=mode, **({"scale": 4.0} if mode == "rank" else {})),
-        SparseVLM(keep=100, mode=mode),
-        layers=LAYERS,
-    )
+    more: dict[str, Any] = {"scale": 4.0} if mode == "rank" else {}
+    method = SparseVLM(keep=20, mode=mode, **more)
+    hand.check_leaves_no_trace(method, SparseVLM(keep=100, mode=mode), layers=LAYERS)
 
 
 @pytest.mark.parametrize(

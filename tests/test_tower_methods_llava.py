@@ -110,7 +110,7 @@ def cut_by_hand(
     """
     xs = [entered(model, one) for one in pixels]
     left = [list(range(tiny.TOKENS)) for _ in xs]
-    history: list[Tensor | None] = [None] * len(xs)
+    history: list[Tensor] = []
     lengths = []
     for number, layer in enumerate(layers(model)):
         count, rest = len(left[0]), LAST - number - 1
@@ -120,8 +120,10 @@ def cut_by_hand(
             x, maps, _, v = attend(layer, x)
             xs[b] = think(layer, x)
             row, found = flow(maps, v, mode)
-            old = history[b]
-            history[b] = found if old is None else 0.5 * old + 0.5 * found
+            if number:
+                history[b] = 0.5 * history[b] + 0.5 * found
+            else:
+                history.append(found)
             ratios.append(spread(row))
         if number == LAST or rest % 2 or count <= keep:
             continue
@@ -170,8 +172,9 @@ def check(
     renumber = method.positions != "original"
     for number, row in enumerate(hand.rows_of(inputs)):
         own = slice(row.first, row.first + len(row.pictures))
-        given = {"left": left[own], "renumber": renumber}
-        by_row.append(hand.greedy_by_hand(bare, row, visual[own], **given))
+        by_row.append(
+            hand.greedy_by_hand(bare, row, visual[own], left=left[own], renumber=renumber)
+        )
         if renumber:
             short, _ = hand.short_prompt(bare, row, visual[own], left[own])
             route = bare.generate(inputs_embeds=short[None], max_new_tokens=6, do_sample=False)
@@ -286,7 +289,8 @@ def merge_by_hand(
                     if i not in joined:
                         members = [i, *(a for a, b in joined.items() if b == i)]
                         weights[i] = sum(sizes[j] for j in members)
-                        rows[i] = sum(sizes[j] * x[1 + j] for j in members) / weights[i]
+                        heavy = torch.stack([sizes[j] * x[1 + j] for j in members])
+                        rows[i] = heavy.sum(0) / weights[i]
                 sequence = sorted(rows)
                 if order == "released":
                     sequence = [i for i in first if i in rows] + list(second)

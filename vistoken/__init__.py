@@ -80,7 +80,7 @@ _HOMES = {
     "vistoken.shipped": ("list_shipped", "load_shipped"),
 }
 _LAZY = {name: home for home, names in _HOMES.items() for name in names}
-DEFAULT_PRUNING = "holov"
+DEFAULT_PRUNING = "spread"
 
 
 def prune_visual_tokens(
