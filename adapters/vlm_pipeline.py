@@ -312,9 +312,9 @@ class Pipeline:
             for number, group in enumerate(groups)
             for row, member in enumerate(group.members)
         }
-        order = [where[member] for member in range(len(long.pictures))]
-        kept = [runs[number][row] for number, row in order]
-        visual = torch.cat([tokens[number][row] for number, row in order])
+        places = [where[member] for member in range(len(long.pictures))]
+        kept = [runs[number][row] for number, row in places]
+        visual = torch.cat([tokens[number][row] for number, row in places])
         return torch.cat(kept), visual, [len(stay) for stay in kept]
 
     def _with_positions(self, long: LongPrompt) -> LongPrompt:

@@ -343,7 +343,6 @@ def choose(method: Pruner, grid: tuple[int, int], tokens: int = 40) -> Selection
     """Select 10 tokens of an image on `grid`, of which the first `tokens` are left."""
     left = torch.arange(tokens)[None]
     (stage,) = method.stages(facts(*grid))
-    assert stage.signals <= method.signals
     names = (Signal.FEATURES, Signal.CLS_ATTENTION, Signal.IMAGE_KEY)
     signals = dict(zip(names, image(tokens), strict=True))
     return method.select(View(stage, facts(*grid), plain(*grid), left, {}, signals.__getitem__), 10)
