@@ -30,6 +30,9 @@ def untouched(model: Any) -> bool:
     )
 
 
+HOLOV = {"keep": 4, "method": "holov"}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -46,10 +49,10 @@ def untouched(model: Any) -> bool:
         ({"ratio": 10**400}, "ratio must be at least 0 and below 1"),
         ({"keep": 2.5}, "keep must be a whole number"),
         ({"keep": 4, "method": "holo"}, "no method 'holo'. Did you mean 'holov'?"),
-        ({"keep": 4, "mdoe": "paper"}, "no option 'mdoe'. Did you mean 'mode'?"),
-        ({"keep": 4, "mode": "2d"}, "one of 'paper', 'released', 'paper-2d', got '2d'"),
-        ({"keep": 4, "crops": 0}, "crops must be at least 1"),
-        ({"keep": 4, "crops": 1.5}, "crops must be at least 1, got 1.5"),
+        ({**HOLOV, "mdoe": "paper"}, "no option 'mdoe'. Did you mean 'mode'?"),
+        ({**HOLOV, "mode": "2d"}, "one of 'paper', 'released', 'paper-2d', got '2d'"),
+        ({**HOLOV, "crops": 0}, "crops must be at least 1"),
+        ({**HOLOV, "crops": 1.5}, "crops must be at least 1, got 1.5"),
         ({"keep": 4, "positions": "both"}, "'renumber', 'original'"),
         ({"keep": 7, "method": "pooling"}, "Budgets nearby"),
         ({"keep": 4, "method": "random", "seed": -1}, "seed must be at least 0"),
@@ -98,7 +101,7 @@ def test_feature_settings_that_do_not_fit(model: Any) -> None:
 def test_the_same_place_is_taken_once(model: Any) -> None:
     vistoken.prune_visual_tokens(model, keep=9)
     for second in ("cls_topk", "holov"):
-        with pytest.raises(AttachError, match="holov is attached already"):
+        with pytest.raises(AttachError, match="spread is attached already"):
             vistoken.prune_visual_tokens(model, keep=4, method=second)
     assert len(vistoken.attachments(model)) == 1
     vistoken.detach(model)
@@ -132,7 +135,7 @@ def test_recipes_that_are_not(model: Any, tmp_path: Path) -> None:
             vistoken.attach(model, str(path))
     assert untouched(model)
     vistoken.prune_visual_tokens(model, keep=4).save(path)
-    assert json.loads(path.read_text())["methods"][0]["name"] == "holov"
+    assert json.loads(path.read_text())["methods"][0]["name"] == "spread"
 
 
 def test_a_failing_install_leaves_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -325,7 +325,7 @@ def test_no_parsed_answer_fails_after_the_report(checkpoint: Path, tmp_path: Pat
 def test_a_model_with_something_attached_is_refused(loaded: tuple[Any, Any]) -> None:
     with (
         vistoken.prune_visual_tokens(loaded[0], keep=4),
-        pytest.raises(AttachError, match=r"holov\(keep=4\) attached"),
+        pytest.raises(AttachError, match=r"spread\(keep=4\) attached"),
     ):
         run(loaded)
 
@@ -335,7 +335,7 @@ def test_configurations(loaded: tuple[Any, Any]) -> None:
         return [c.label for c in make_configurations(loaded[0], methods, **settings)]
 
     assert labels() == [BARE]
-    assert labels(compare=True) == [BARE, "holov(keep=4)", "random(keep=4)"]
+    assert labels(compare=True) == [BARE, "spread(keep=4)", "random(keep=4)"]
     assert labels("holov", "uniform", keeps=[2, 4]) == [
         "holov(keep=2)", "holov(keep=4)", "uniform(keep=2)", "uniform(keep=4)"
     ]  # fmt: skip

@@ -129,9 +129,9 @@ def test_the_tower_alone_runs_untouched() -> None:
 def test_repr_and_inspection() -> None:
     model = tiny.tiny_llava()
     held = vistoken.prune_visual_tokens(model, ratio=0.75)
-    assert repr(held) == "<Attachment attached: holov(ratio=0.75) on LLaVA-1.5>"
+    assert repr(held) == "<Attachment attached: spread(ratio=0.75) on LLaVA-1.5>"
     seen = vistoken.inspect(model)
-    assert seen.attached == ("holov(ratio=0.75)",)
+    assert seen.attached == ("spread(ratio=0.75)",)
     assert "36 visual tokens a picture (6 x 6)" in str(seen)
     assert set(seen.methods) == set(vistoken.method_names("pruning"))
     assert seen.to_dict()["facts"]["grid"] == (6, 6)
