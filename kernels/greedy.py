@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
-from vistoken.errors import BackendUnavailable
+from vistoken.kernels.backends import choose_backend
 
-BACKENDS = ("reference", "triton")
 LARGEST = 16384  # tokens that the Triton kernel holds in one program
 # Scores that are no numbers count as this: below every real score, above a token already chosen.
 LOWEST = torch.finfo(torch.float32).min
@@ -63,32 +59,12 @@ def pick_diverse(
     backend: `reference` is plain torch, 8 launches a pick; `triton` is one launch and the same
     picks. By default CUDA tensors of up to 16384 tokens take `triton` where it is installed.
     """
-    chosen = backend or _default_backend(weight)
-    if chosen not in BACKENDS:
-        raise BackendUnavailable(f"pick_diverse has the backends {BACKENDS}, got {chosen!r}.")
     similarity, weight = similarity.detach().float(), weight.detach().float()
-    if chosen == "reference":
+    if choose_backend("pick_diverse", backend, weight, LARGEST, "tokens") == "reference":
         return _reference(similarity, weight, first, keep)
-    reason = _why_not_triton(weight)
-    if reason is not None:
-        raise BackendUnavailable(f"pick_diverse cannot run on triton: {reason}.")
     from vistoken.kernels.greedy_triton import pick_diverse_triton
 
     return pick_diverse_triton(similarity, weight, first, keep)
-
-
-def _why_not_triton(weight: Tensor) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if not weight.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the weights are on {weight.device.type}, not on a CUDA device"
-    if weight.shape[-1] > LARGEST:
-        return f"there are {weight.shape[-1]} tokens, at most {LARGEST} fit one program"
-    return None
-
-
-def _default_backend(weight: Tensor) -> str:
-    return "triton" if weight.is_cuda and _why_not_triton(weight) is None else "reference"
 
 
 def _reference(similarity: Tensor, weight: Tensor, first: Tensor, keep: int) -> Tensor:

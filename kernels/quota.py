@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
-from vistoken.errors import BackendUnavailable
+from vistoken.kernels.backends import choose_backend
 
-BACKENDS = ("reference", "triton")
 LARGEST = 128  # groups that the Triton kernel holds in one program
 _TINY = torch.finfo(torch.float32).tiny
 # fp32 shares that miss a whole number by less than this part count as whole, so that equal weights
@@ -39,31 +35,11 @@ def split_quota(
     backend: `reference` is plain torch, about 10 launches a round; `triton` is one launch. By
     default CUDA tensors of up to 128 groups take `triton` where it is installed.
     """
-    chosen = backend or _default_backend(weight)
-    if chosen not in BACKENDS:
-        raise BackendUnavailable(f"split_quota has the backends {BACKENDS}, got {chosen!r}.")
-    if chosen == "reference":
+    if choose_backend("split_quota", backend, weight, LARGEST, "groups") == "reference":
         return _reference(weight.float(), sizes, keep, spread_leftover)
-    reason = _why_not_triton(weight)
-    if reason is not None:
-        raise BackendUnavailable(f"split_quota cannot run on triton: {reason}.")
     from vistoken.kernels.quota_triton import split_quota_triton
 
     return split_quota_triton(weight.float(), sizes, keep, spread_leftover)
-
-
-def _why_not_triton(weight: Tensor) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if not weight.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the weights are on {weight.device.type}, not on a CUDA device"
-    if weight.shape[-1] > LARGEST:
-        return f"there are {weight.shape[-1]} groups, at most {LARGEST} fit one program"
-    return None
-
-
-def _default_backend(weight: Tensor) -> str:
-    return "triton" if weight.is_cuda and _why_not_triton(weight) is None else "reference"
 
 
 def _reference(weight: Tensor, sizes: Tensor, keep: int, spread_leftover: bool) -> Tensor:

@@ -18,10 +18,10 @@ from vistoken.cost import TransformerShape
 from vistoken.errors import MethodError
 from vistoken.pictures import Part, Picture, plain
 from vistoken.pruning import divprune
+from vistoken.pruning._pruner import apportion
 from vistoken.pruning.zeroth_order import (
     MODES,
     ZerothOrder,
-    quotas,
     select,
     sensitivity,
     view_shares,
@@ -302,11 +302,17 @@ def test_quotas_are_largest_remainders() -> None:
     for _ in range(300):
         sizes = [draw.randint(1, 30) for _ in range(draw.randint(1, 9))]
         keep = draw.randint(1, sum(sizes))
-        found = quotas(sizes, keep)
+        found = apportion(keep, sizes)
         assert found == shares(keep, sizes) and sum(found) == keep
         assert all(q <= size for q, size in zip(found, sizes, strict=True))
-    assert quotas([576] * 5, 160) == [32] * 5 and quotas([576] * 5, 322) == [65, 65, 64, 64, 64]
-    assert quotas([4, 4, 4], 2) == [1, 1, 0]
+    assert apportion(160, [576] * 5) == [32] * 5 and apportion(322, [576] * 5) == [
+        65,
+        65,
+        64,
+        64,
+        64,
+    ]
+    assert apportion(2, [4, 4, 4]) == [1, 1, 0]
 
 
 @pytest.mark.parametrize("name", PICTURES)

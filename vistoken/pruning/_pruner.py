@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,6 +27,19 @@ def top_indices(scores: Tensor, keep: int) -> Tensor:
     """
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     return order[..., :keep].sort(dim=-1).values
+
+
+def apportion(total: int, weights: Sequence[int]) -> list[int]:
+    """Split `total` in proportion to `weights`, by largest remainder; ties go to the first.
+
+    With total <= sum(weights) no part exceeds its weight.
+    """
+    whole = max(sum(weights), 1)
+    parts = [total * weight // whole for weight in weights]
+    order = sorted(range(len(weights)), key=lambda i: -(total * weights[i] % whole))
+    for i in order[: total - sum(parts)]:
+        parts[i] += 1
+    return parts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -17,7 +16,7 @@ from vistoken.errors import MethodError
 from vistoken.kernels import gather_tokens
 from vistoken.method import option
 from vistoken.pictures import Picture, plain
-from vistoken.pruning._pruner import Pruner
+from vistoken.pruning._pruner import Pruner, apportion
 
 MODES = ("mean", "released")
 
@@ -123,19 +122,6 @@ def split(keep: int, contextual: float) -> tuple[int, int]:
             "number, or a share of the budget."
         )
     return keep - int(merged), int(merged)
-
-
-def apportion(total: int, weights: Sequence[int]) -> list[int]:
-    """Split `total` in proportion to `weights`, by largest remainder; ties go to the first.
-
-    With total <= sum(weights) no part exceeds its weight.
-    """
-    whole = max(sum(weights), 1)
-    parts = [total * weight // whole for weight in weights]
-    order = sorted(range(len(weights)), key=lambda i: -(total * weights[i] % whole))
-    for i in order[: total - sum(parts)]:
-        parts[i] += 1
-    return parts
 
 
 @dataclass(frozen=True, eq=False)  # a key of the cache below: equal is identical

@@ -15,7 +15,7 @@ from vistoken.errors import MethodError
 from vistoken.kernels.greedy import cosine_matrix, pick_diverse
 from vistoken.method import option
 from vistoken.pictures import Picture
-from vistoken.pruning._pruner import Pruner
+from vistoken.pruning._pruner import Pruner, apportion
 from vistoken.pruning._sensitivity import exact, sampled, seeded_directions, unit_directions
 
 MODES = ("exact", "jvp", "reference")
@@ -186,15 +186,6 @@ class Shares:
         return _on_device(self, device)
 
 
-def quotas(sizes: list[int], keep: int) -> list[int]:
-    """Split `keep` in proportion to `sizes` by largest remainders; ties go to the lower index."""
-    total = sum(sizes)
-    shares = [divmod(keep * size, total) for size in sizes]
-    left = keep - sum(whole for whole, _ in shares)
-    ranked = sorted(range(len(sizes)), key=lambda view: (-shares[view][1], view))
-    return [whole + (view in ranked[:left]) for view, (whole, _) in enumerate(shares)]
-
-
 # Cached tensors must serve later calls that record gradients, hence not be inference tensors.
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
@@ -202,7 +193,7 @@ def view_shares(picture: Picture, keep: int) -> tuple[Shares, ...]:
     """The views of a picture by size, with budgets that sum to `keep`; on the CPU."""
     tile_of = picture.tile_of()
     members = tile_of.argsort(stable=True).split(tile_of.bincount().tolist())
-    budget = quotas([len(tokens) for tokens in members], keep)
+    budget = apportion(keep, [len(tokens) for tokens in members])
     shares = []
     for size in sorted({len(tokens) for tokens in members}):
         same = [view for view, tokens in enumerate(members) if len(tokens) == size]
