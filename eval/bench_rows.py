@@ -31,8 +31,7 @@ from vistoken.eval.timing import CheckFailed
 IN_LLM = "LLM_LAYER"
 IN_TOWER = ("VISION_BLOCK", "VISION_LAYER")
 # sums of a batch and of a row alone go in another order; fp32 is left some roundings
-# a batch and a row alone run products of other shapes, which round otherwise in fp32 too
-ROW_BUDGETS = {**BUDGETS, torch.float32: 1e-3}
+ROW_BUDGETS = {**BUDGETS, torch.float32: 1e-4}
 
 
 def places(attachment: vistoken.Attachment) -> list[str]:
