@@ -50,9 +50,6 @@ class Cut:
             removed = change.removed.to(index.device)
         if previous is not None:
             whole = previous.whole
-            if previous.padding is not None:
-                inherited = previous.padding.gather(1, index)
-                padding = inherited if padding is None else padding | inherited
             if previous.moved is not None and previous.removed is not None:
                 earlier = previous.moved.gather(1, index)
                 moved = earlier if moved is None else moved + earlier

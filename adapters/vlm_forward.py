@@ -118,10 +118,20 @@ class ShortenForward:
                 copies = given["inputs_embeds"].shape[0] // generating.rows
                 _begin(pipeline, generating.language, cache, copies)
                 return None
+            if not filled:
+                _note_text(pipeline, given)
             remembered = getattr(cache, REMEMBERED, None)
             return None if remembered is None else ((), _continue(remembered, given))
         changed = _short_forward(pipeline, given)
         return None if changed is None else ((), changed)
+
+
+def _note_text(pipeline: Pipeline, given: dict[str, Any]) -> None:
+    """Note a prompt without pictures, so that the report is of the last call."""
+    ids = given.get("input_ids")
+    prompt = ids if ids is not None else given.get("inputs_embeds")
+    if prompt is not None:
+        pipeline.note_dense((), prompt.shape[0], prompt.shape[1])
 
 
 def _begin(pipeline: Pipeline, language: LanguagePlan | None, cache: Any, copies: int = 1) -> None:

@@ -84,3 +84,17 @@ def test_a_row_without_images_does_not_hide_the_savings() -> None:
         report = held.report()
     assert logits.shape[1] == len(rows[0]) - 36 + 9
     assert report.kv_bytes < report.kv_bytes_dense
+
+
+def test_a_call_without_pictures_is_reported_as_the_last_one() -> None:
+    model = tiny.tiny_llava()
+    text = tiny.batch(tiny.prompt(5))
+    with vistoken.prune_visual_tokens(model, keep=9) as held:
+        model(**text)
+        first = held.report()
+        model(**tiny.one_image())
+        assert held.report().tokens_out == [9]
+        model(**text)
+        last = held.report()
+    assert first.to_dict() == last.to_dict()
+    assert last.tokens_in == [] and last.flops == last.flops_dense > 0
