@@ -61,7 +61,7 @@ class Settings:
     """
 
     model: str = "tiny-llava"
-    methods: tuple[str, ...] = ("holov", "cls_topk", "uniform", "random")
+    methods: tuple[str, ...] = ("spread", "holov", "cls_topk", "uniform", "random")
     versus: str | None = None
     keeps: tuple[int, ...] = (192, 128, 64, 32)
     questions: int = 300

@@ -344,7 +344,7 @@ def test_demo_writes_pictures_and_a_table(tmp_path: Path) -> None:
     assert Image.open(out / "scenes.png").width > 1000
     assert Image.open(out / "scene.png").size == (336, 336)
     for scene in said["scenes"]:
-        dense, pruned = scene["answers"]["all tokens"], scene["answers"]["holov"]
+        dense, pruned = scene["answers"]["all tokens"], scene["answers"][vistoken.DEFAULT_PRUNING]
         assert dense["report"]["tokens_out"] == [576] and pruned["report"]["tokens_out"] == [64]
         assert dense["right"] == (dense["text"] == scene["truth"])
     assert sum(scene["answers"]["all tokens"]["right"] for scene in said["scenes"]) >= 6

@@ -34,7 +34,7 @@ from vistoken.eval import results, scoreboard, scoreboard_tables
 from vistoken.picture import Panel, Tile, draw_kept, draw_sheet, open_picture, save_picture
 
 SCENES = 8
-METHOD, CONTROL = "holov", "random"
+METHOD, CONTROL = vistoken.DEFAULT_PRUNING, "random"
 # Photographs that other packages carry, where they are installed.
 PHOTOS = (
     ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
