@@ -33,6 +33,7 @@ Maker = Callable[[Path], str]
 # Markdown. It is imported when a document asks for the table.
 TABLES: dict[str, str] = {
     "bench_graph": "vistoken.eval.bench_graph:readme_table",
+    "bench_kernels": "vistoken.eval.bench_kernels_tables:readme_table",
     "bench_prune": "vistoken.eval.bench_prune_tables:readme_table",
     "bench_prune_methods": "vistoken.eval.bench_prune_tables:methods_table",
     "bench_prune_next": "vistoken.eval.bench_prune_tables:next_table",

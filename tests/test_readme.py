@@ -33,7 +33,7 @@ def test_readme_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
     inputs = processor(text=text, images=draw(make_scene(1)), return_tensors="pt")
     before = llava.generate(**inputs, max_new_tokens=4)
     found = blocks(README, "python")
-    assert len(found) == 3
+    assert len(found) == 4
     space: dict[str, Any] = {"llava": llava, "inputs": inputs}
     for code in found:
         exec(compile(code, str(README), "exec"), space)

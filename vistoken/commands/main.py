@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 from vistoken import __version__
+from vistoken.commands import kernels
 from vistoken.commands.demo import demo
 from vistoken.commands.listing import inspect, methods
 from vistoken.commands.prune import prune
-from vistoken.eval import run, scene_export
+from vistoken.eval import bench_kernels, run, scene_export
 
 app = typer.Typer(
     name="vistoken",
@@ -23,6 +24,10 @@ for command in (demo, prune, methods, inspect):
     app.command()(command)
 app.command(name="eval")(run.command)
 app.add_typer(scene_export.app, name="scenes")
+app.add_typer(kernels.app)
+bench = typer.Typer(name="bench", help="Measure on this machine.", no_args_is_help=True)
+bench.command(name="kernels")(bench_kernels.main)
+app.add_typer(bench)
 
 
 def _show_version(wanted: bool) -> None:
