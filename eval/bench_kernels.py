@@ -208,7 +208,12 @@ def run(
 def _with_rows(result: results.ResultFile, rows: Mapping[str, Found]) -> results.ResultFile:
     """The result with these rows, in the order of the cases, and what follows from them."""
     ordered = [rows[case.name] for case in CASES if case.name in rows]
-    settings = {**result.settings, "cases": [row["name"] for row in ordered]}
+    measured = [name for name in BACKENDS if any(name in row for row in ordered)]
+    settings = {
+        **result.settings,
+        "cases": [row["name"] for row in ordered],
+        "backends": measured,
+    }
     result = replace(result, rows=ordered, settings=settings)
     goals = [asdict(goal) for goal in tables.goals(result)]
     return replace(result, checks={"failed": tables.failures(result), "goals": goals})

@@ -16,7 +16,8 @@ import torch
 from vistoken.eval.timing import Timing, synchronize
 
 COLD_BYTES = 1 << 28  # written before every call: more than any L2 cache holds
-HEAD_START = 16  # writes at the beginning, in which the host gets ahead of the device
+MOST_WRITES = 400  # of them before the first call: the device's queue is not endless
+WRITE_SPEED = 2e9  # bytes a millisecond, about: how long such a write keeps the device busy
 
 
 def time_on_device(
@@ -33,21 +34,27 @@ def time_on_device(
     takes; two of a call that takes longer than a quarter of the budget.
     """
     run()
-    one = _queue(run, device, 1)[0]
+    began = time.perf_counter()
+    one = _queue(run, device, 1, 0.0)[0]
     if one < budget / 4:
-        one = min(one, *_queue(run, device, 1))
+        began = time.perf_counter()
+        one = min(one, *_queue(run, device, 1, 0.0))
+    host = (time.perf_counter() - began) * 1000.0  # of one call, waiting included
     repeats = min(max(int(budget / max(one, 1e-3)), least), most)
-    return Timing.of(_queue(run, device, repeats))
+    return Timing.of(_queue(run, device, repeats, host * repeats))
 
 
-def _queue(run: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
-    """Milliseconds of each of several calls that wait for nothing but each other."""
+def _queue(run: Callable[[], Any], device: torch.device, repeats: int, host: float) -> list[float]:
+    """Milliseconds of each of several calls that wait for nothing but each other.
+
+    host: milliseconds that the host may take to queue them; the device writes until then.
+    """
     if device.type != "cuda":
         return [_on_host(run) for _ in range(repeats)]
     cold = torch.empty(COLD_BYTES, dtype=torch.int8, device=device)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     synchronize(device)
-    for _ in range(HEAD_START):
+    for _ in range(min(4 + int(host * WRITE_SPEED / COLD_BYTES), MOST_WRITES)):
         cold.zero_()
     for before, after in events:
         cold.zero_()

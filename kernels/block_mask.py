@@ -78,6 +78,11 @@ class BlockMask:
                     f"{name} of a block mask of {nq} x {nk} blocks must be int32 {shape}, got "
                     f"{given.dtype} {tuple(given.shape)}."
                 )
+            if given.device != self.device:
+                raise MethodError(
+                    f"The tensors of a block mask lie on one device, got full_count on "
+                    f"{self.device} and {name} on {given.device}."
+                )
         if self.table is None and self.partial_index.shape[-1]:
             raise MethodError("A block mask with partial blocks needs the table of their bits.")
 

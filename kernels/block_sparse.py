@@ -13,7 +13,7 @@ from vistoken.errors import MethodError
 from vistoken.kernels.backends import automatic_backends, select_backend
 from vistoken.kernels.block_mask import BlockMask
 from vistoken.kernels.element_mask import ElementMask
-from vistoken.kernels.grid_checks import _check_shape, _check_tensor, softmax_scale
+from vistoken.kernels.grid_checks import check_shape, check_tensor, softmax_scale
 
 LIST_BACKENDS = ("reference", "tiled", "flex", "triton")
 # asked once, when this file is imported: torch.compile cannot follow the search
@@ -139,13 +139,13 @@ def _lists(
 def check_sequences(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise `MethodError` unless q [B, S, Hq, D], k [B, N, Hkv, D], v [B, N, Hkv, Dv] fit."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, x, ("tokens",), q)
+        check_tensor(name, x, ("tokens",), q)
         if min(x.shape[2:]) < 1:
             raise MethodError(
                 f"{name} must have at least one head and one channel, got {tuple(x.shape)}."
             )
-    _check_shape("k", k, (q.shape[0], *k.shape[1:3], q.shape[3]), "q")
-    _check_shape("v", v, (*k.shape[:3], v.shape[3]), "k")
+    check_shape("k", k, (q.shape[0], *k.shape[1:3], q.shape[3]), "q")
+    check_shape("v", v, (*k.shape[:3], v.shape[3]), "k")
     if q.shape[2] % k.shape[2]:
         raise MethodError(
             f"The heads of q must be a multiple of the heads of k and v, got {q.shape[2]} heads "

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +13,17 @@ from torch import Tensor
 from vistoken.errors import MethodError
 from vistoken.kernels.backends import BACKENDS, automatic_backends, select_backend
 from vistoken.kernels.grid_checks import check_inputs, softmax_scale
-from vistoken.kernels.windows import Axis, Neighborhood, Window
+from vistoken.kernels.grid_dilation import (
+    Cut,
+    Result,
+    attend_dilated,
+    global_calls,
+    on_three_axes,
+    three_axes,
+    without_rows,
+)
+from vistoken.kernels.windows import Neighborhood, Window
 
-Cut = tuple[slice, ...]
-Result = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 # asked once, when this file is imported: torch.compile cannot follow the search
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -90,8 +96,43 @@ def attend_windows(
     run = _runner(name)
     with torch.autocast(_autocast_device(q), enabled=False):
         if len(calls) == 1:
-            return _on_three_axes(run, q, k, v, calls[0][1], *extras, global_q)
-        return _dilated(run, q, k, v, calls, *extras, global_q)
+            return on_three_axes(run, q, k, v, calls[0][1], *extras, global_q)
+        return attend_dilated(run, q, k, v, calls, *extras, global_q)
+
+
+def attend_sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    where: Neighborhood | Window,
+    scale: float | None,
+    part: tuple[int, int],
+    text: tuple[Tensor | None, Tensor | None, Tensor | None],
+    backend: str | None,
+) -> tuple[Tensor, Tensor] | None:
+    """Return (out, lse) of sequences [B, S, heads, D], written where they belong at once.
+
+    The tokens part[0]..part[1] are the grid, `text` is q, k and v of the others. None, if only
+    `grid_attention` and a copy will do: on other backends than `triton`, and with dilation.
+    """
+    calls = _calls(where)
+    grid_q, grid_k, grid_v = (x[:, slice(*part)].unflatten(1, where.grid) for x in (q, k, v))
+    extras = (text[1], text[2], text[0])
+    check_inputs(grid_q, grid_k, grid_v, len(where.grid), *extras)
+    factor = softmax_scale(scale, q)
+    name = select_backend(
+        "pattern_attention",
+        backend,
+        lambda name: _why_not(name, grid_q, grid_k, grid_v, calls, factor, *extras),
+        BACKENDS,
+        automatic_backends(q.device),
+    )
+    if name != "triton" or len(calls) > 1 or not q.shape[0]:
+        return None
+    from vistoken.kernels import sequence_operator
+
+    with torch.autocast(_autocast_device(q), enabled=False):
+        return sequence_operator.forward(q, k, v, calls[0][1], factor, *part)
 
 
 def why_not(
@@ -133,14 +174,14 @@ def _why_not(
         if window in asked:
             continue
         asked.append(window)
-        views = [_three_axes(x[(slice(None), *cut)]) for x in (q, k, v)]
+        views = [three_axes(x[(slice(None), *cut)]) for x in (q, k, v)]
         reason = module.why_not(
             *views, window, scale, extra_k, extra_v, None if dilated else global_q
         )
         if reason is not None:
             return reason
     if dilated and global_q is not None:
-        for call in _global_calls(global_q, k, v, scale, extra_k, extra_v):
+        for call in global_calls(global_q, k, v, scale, extra_k, extra_v):
             reason = module.why_not(*call)
             if reason is not None:
                 return reason
@@ -216,31 +257,6 @@ def _calls(where: Neighborhood | Window) -> list[tuple[Cut, Window]]:
     return calls if len(calls) > 1 else [((), calls[0][1])]
 
 
-def _three_axes(x: Tensor) -> Tensor:
-    """[B, *grid, heads, D] with leading axes of length 1."""
-    while x.dim() < 6:
-        x = x.unsqueeze(1)
-    return x
-
-
-def _on_three_axes(
-    run: Callable[..., Result],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: Window,
-    scale: float,
-    extra_k: Tensor | None,
-    extra_v: Tensor | None,
-    global_q: Tensor | None,
-) -> Result:
-    views = [_three_axes(x) for x in (q, k, v)]
-    out, lse, global_out, global_lse = run(*views, window, scale, extra_k, extra_v, global_q)
-    for _ in range(6 - q.dim()):
-        out, lse = out.squeeze(1), lse.squeeze(1)
-    return out, lse, global_out, global_lse
-
-
 def _without_batch(
     q: Tensor,
     k: Tensor,
@@ -251,118 +267,6 @@ def _without_batch(
 ) -> Result:
     """Results of no entries, which depend on every input as far as autograd can see."""
     link = torch.stack([x.sum() for x in (q, k, v, extra_k, extra_v, global_q) if x is not None])
-    out, lse = _without_rows(q, v)
+    out, lse = without_rows(q, v)
     results = (out + link.sum(), lse + link.sum())
-    return (*results, None, None) if global_q is None else (*results, *_without_rows(global_q, v))
-
-
-def _without_rows(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """out and lse for queries [..., Hq, D] of which there are none."""
-    lse = q[..., 0].to(torch.promote_types(q.dtype, torch.float32))
-    return q[..., :1].expand(*q.shape[:-1], v.shape[-1]), lse
-
-
-# --- dilation ------------------------------------------------------------------------------------
-
-
-def _dilated(
-    run: Callable[..., Result],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    calls: Sequence[tuple[Cut, Window]],
-    scale: float,
-    extra_k: Tensor | None,
-    extra_v: Tensor | None,
-    global_q: Tensor | None,
-) -> Result:
-    """One call per dilation group on views of the inputs, and one for the global queries."""
-    cuts = tuple(cut for cut, _ in calls)
-    outs, lses = [], []
-    parts = zip(*(_Split.apply(x, cuts) for x in (q, k, v)), strict=True)
-    for (_, window), (q_part, k_part, v_part) in zip(calls, parts, strict=True):
-        out, lse, _, _ = _on_three_axes(
-            run, q_part, k_part, v_part, window, scale, extra_k, extra_v, None
-        )
-        outs.append(out)
-        lses.append(lse)
-    out = _Join.apply((*q.shape[:-1], v.shape[-1]), cuts, *outs)
-    lse = _Join.apply(tuple(q.shape[:-1]), cuts, *lses)
-    if global_q is None:
-        return out, lse, None, None
-    if not global_q.shape[1]:
-        return out, lse, *_without_rows(global_q, v)
-    dense = [run(*call)[:2] for call in _global_calls(global_q, k, v, scale, extra_k, extra_v)]
-    global_out, global_lse = (
-        torch.cat([x.flatten(1, 3) for x in column], 1) for column in zip(*dense, strict=True)
-    )
-    return out, lse, global_out, global_lse
-
-
-def _global_calls(
-    global_q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    extra_k: Tensor | None,
-    extra_v: Tensor | None,
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Window, float, Tensor, Tensor]]:
-    """Arguments of the calls in which queries see all keys, without a copy of the grid's keys.
-
-    The G queries are a grid whose window is the grid. Its keys are the first G of all keys, and
-    the others are the keys that every query sees. More queries than keys take several calls.
-    """
-    keys, values = k.flatten(1, -3), v.flatten(1, -3)
-    if extra_k is not None and extra_v is not None:
-        keys, values = torch.cat([keys, extra_k], 1), torch.cat([values, extra_v], 1)
-    for part in global_q.split(keys.shape[1], 1):
-        count = part.shape[1]
-        window = Window((Axis(1, 1), Axis(1, 1), Axis(count, count)))
-        yield (
-            _three_axes(part),
-            _three_axes(keys[:, :count]),
-            _three_axes(values[:, :count]),
-            window,
-            scale,
-            keys[:, count:],
-            values[:, count:],
-        )
-
-
-class _Split(torch.autograd.Function):
-    """`_split` whose gradient is one tensor; autograd would fill one of the size of x per part."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cuts: Sequence[Cut]) -> tuple[Tensor, ...]:
-        ctx.shape, ctx.cuts = x.shape, cuts
-        return _split(x, cuts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _join(ctx.shape, ctx.cuts, grads), None
-
-
-class _Join(torch.autograd.Function):
-    """`_join` whose gradient is views; autograd would copy that of the whole once per part."""
-
-    @staticmethod
-    def forward(ctx: Any, shape: Sequence[int], cuts: Sequence[Cut], *parts: Tensor) -> Tensor:
-        ctx.cuts = cuts
-        return _join(shape, cuts, parts)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *_split(grad, ctx.cuts)
-
-
-def _split(x: Tensor, cuts: Sequence[Cut]) -> tuple[Tensor, ...]:
-    """Views of x [B, *grid, ...], one per cut of the grid."""
-    return tuple(x[(slice(None), *cut)] for cut in cuts)
-
-
-def _join(shape: Sequence[int], cuts: Sequence[Cut], parts: Sequence[Tensor]) -> Tensor:
-    """The tensor [B, *grid, ...] of these parts, whose cuts hold every token once."""
-    whole = parts[0].new_empty(shape)
-    for cut, part in zip(cuts, parts, strict=True):
-        whole[(slice(None), *cut)] = part
-    return whole
+    return (*results, None, None) if global_q is None else (*results, *without_rows(global_q, v))

@@ -34,29 +34,29 @@ def check_inputs(
     if (extra_k is None) != (extra_v is None):
         given, missing = (name_v, name_k) if extra_k is None else (name_k, name_v)
         raise MethodError(f"{name_k} and {name_v} go together, got {given} without {missing}.")
-    _check_tensor("q", q, AXES[rank], q)
-    _check_tensor("k", k, AXES[rank], q)
-    _check_tensor("v", v, AXES[rank], q)
+    check_tensor("q", q, AXES[rank], q)
+    check_tensor("k", k, AXES[rank], q)
+    check_tensor("v", v, AXES[rank], q)
     for name, x in (("q", q), ("k", k)):
         _check_least(name, x, -2, "head")
         _check_least(name, x, -1, "channel")
     _check_least("v", v, -1, "channel")
     grid = tuple(q.shape[1:-2])
-    _check_shape("k", k, (q.shape[0], *grid, k.shape[-2], q.shape[-1]), "q")
-    _check_shape("v", v, (*k.shape[:-1], v.shape[-1]), "k")
+    check_shape("k", k, (q.shape[0], *grid, k.shape[-2], q.shape[-1]), "q")
+    check_shape("v", v, (*k.shape[:-1], v.shape[-1]), "k")
     if q.shape[-2] % k.shape[-2]:
         raise MethodError(
             f"The heads of q must be a multiple of the heads of k and v, got {q.shape[-2]} heads "
             f"of q and {k.shape[-2]} of k."
         )
     if extra_k is not None and extra_v is not None:
-        _check_tensor(name_k, extra_k, ("tokens",), q)
-        _check_tensor(name_v, extra_v, ("tokens",), q)
-        _check_shape(name_k, extra_k, (k.shape[0], extra_k.shape[1], *k.shape[-2:]), "k")
-        _check_shape(name_v, extra_v, (*extra_k.shape[:2], *v.shape[-2:]), f"v and {name_k}")
+        check_tensor(name_k, extra_k, ("tokens",), q)
+        check_tensor(name_v, extra_v, ("tokens",), q)
+        check_shape(name_k, extra_k, (k.shape[0], extra_k.shape[1], *k.shape[-2:]), "k")
+        check_shape(name_v, extra_v, (*extra_k.shape[:2], *v.shape[-2:]), f"v and {name_k}")
     if global_q is not None:
-        _check_tensor("global_q", global_q, ("tokens",), q)
-        _check_shape("global_q", global_q, (q.shape[0], global_q.shape[1], *q.shape[-2:]), "q")
+        check_tensor("global_q", global_q, ("tokens",), q)
+        check_shape("global_q", global_q, (q.shape[0], global_q.shape[1], *q.shape[-2:]), "q")
 
 
 def softmax_scale(scale: float | None, q: Tensor) -> float:
@@ -68,7 +68,7 @@ def softmax_scale(scale: float | None, q: Tensor) -> float:
     return float(scale)
 
 
-def _check_tensor(name: str, x: Tensor, axes: tuple[str, ...], like: Tensor) -> None:
+def check_tensor(name: str, x: Tensor, axes: tuple[str, ...], like: Tensor) -> None:
     """Type, rank, dtype, layout and device; `like` is the q of the call."""
     if not isinstance(x, Tensor):
         raise MethodError(f"{name} must be a tensor, got {type(x).__name__}.")
@@ -93,7 +93,7 @@ def _check_least(name: str, x: Tensor, axis: int, what: str) -> None:
         raise MethodError(f"{name} must have at least one {what}, got shape {tuple(x.shape)}.")
 
 
-def _check_shape(name: str, x: Tensor, shape: tuple[int, ...], like: str) -> None:
+def check_shape(name: str, x: Tensor, shape: tuple[int, ...], like: str) -> None:
     if tuple(x.shape) != shape:
         raise MethodError(
             f"{name} must have the shape {shape} to go with {like}, got {tuple(x.shape)}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,21 +62,18 @@ def forward(
     global_q: Tensor | None = None,
     *,
     boxes: Tiling | None = None,
+    into: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return (out, lse, global_out, global_lse) as `vistoken.kernels.grid_reference.forward`.
 
-    boxes: the query and key boxes, for measurements; by default those of `tiling`.
+    boxes: the query and key boxes, for measurements; by default those of `tiling`. into: where
+    the results go, views whose tokens lie one after the other in each batch entry.
     """
     from vistoken.kernels.grid_hopper_kernel import hopper_grid_forward
 
     batch, *grid, heads, dim = q.shape
     boxes = boxes or tiling(window, dim)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    global_out = global_lse = None
-    if global_q is not None:
-        global_out = torch.empty(global_q.shape, dtype=q.dtype, device=q.device)
-        global_lse = torch.empty(global_q.shape[:-1], dtype=torch.float32, device=q.device)
+    out, lse, global_out, global_lse = into or (*_room(q), *_room(global_q))
     if extra_k is not None and extra_k.shape[1] == 0:
         extra_k = extra_v = None
 
@@ -90,12 +87,22 @@ def forward(
         list_descriptor(global_out, QUERIES // 2), list_descriptor(extra_k, boxes.keys),
         list_descriptor(extra_v, boxes.keys), tables(window, boxes.q, boxes.kv, False, q.device),
         lse, lse if global_lse is None else global_lse, *grid, heads, heads // k.shape[4],
-        *plan.numbers, n_extra, n_global, scale * math.log2(math.e),
+        *plan.numbers, n_extra, n_global, lse.stride(0) // heads,
+        n_global if global_lse is None else global_lse.stride(0) // heads,
+        scale * math.log2(math.e),
         min(window.radius, DISC_REACH), QBOX=boxes.q, HALF=half, KBOX=boxes.kv, D=dim,
         STAGES=STAGES[dim], Q_STAGES=Q_STAGES, DISC=window.radius > 0, num_warps=4,
         maxnreg=REGISTERS,
     )  # fmt: skip
     return out, lse, global_out, global_lse
+
+
+def _room(q: Tensor | None) -> tuple[Any, Any]:
+    """Room for the output and the log-sum-exp of queries."""
+    if q is None:
+        return None, None
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
 
 
 class Schedule(NamedTuple):

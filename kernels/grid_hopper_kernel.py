@@ -122,7 +122,7 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    descs, extras, smem, bars, tables, lse, lse_global, shape, plan, N_EXTRA, n_queries, scale,
+    descs, extras, smem, bars, tables, lse, lse_global, shape, plan, N_EXTRA, pitches, scale,
     radius, QBOX: gl.constexpr, HALF: gl.constexpr, KBOX: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
     GROUP: gl.constexpr, DISC: gl.constexpr,
@@ -230,11 +230,11 @@ def _consume(
                 tma.async_copy_shared_to_global(
                     go_desc, [batch, t0, head * D], q_into.reshape([1, 64, D])
                 )
-                token = batch.to(gl.int64) * n_queries + t0 + row
-                gl.store(lse_global + token * heads + head, value, mask=t0 + row < n_queries)
+                token = batch.to(gl.int64) * pitches[1] + t0 + row
+                gl.store(lse_global + token * heads + head, value, mask=t0 + row < pitches[2])
         else:
             tma.async_copy_shared_to_global(o_desc, [batch, t0, h0, w0, head * D], q_into)
-            token = ((batch.to(gl.int64) * T + q_t) * H + q_h) * W + q_w
+            token = batch.to(gl.int64) * pitches[0] + (q_t * H + q_h) * W + q_w
             gl.store(lse + token * heads + head, value, mask=(q_t < T) & (q_h < H) & (q_w < W))
         q_stage, q_phase = advance(q_stage, q_phase, Q_STAGES)
         turn += 1
@@ -246,9 +246,9 @@ def _consume(
 def hopper_grid_forward(
     q_desc, k_desc, v_desc, o_desc, gq_desc, go_desc, xk_desc, xv_desc, tables, lse, lse_global,
     T, H, W, heads, group, n_tiles, n_global, per_head, global_tiles, tiles_t, tiles_h, tiles_w,
-    rounds, N_EXTRA, n_queries, scale, radius, QBOX: gl.constexpr, HALF: gl.constexpr,
-    KBOX: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    DISC: gl.constexpr,
+    rounds, N_EXTRA, n_queries, pitch, global_pitch, scale, radius, QBOX: gl.constexpr,
+    HALF: gl.constexpr, KBOX: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr, DISC: gl.constexpr,
 ):  # fmt: skip
     """One program a streaming multiprocessor: it takes tiles of 128 queries until none is left."""
     dtype: gl.constexpr = q_desc.dtype
@@ -267,12 +267,14 @@ def hopper_grid_forward(
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     shape = (T, H, W, heads, group)
     plan = (n_tiles, n_global, per_head, global_tiles, tiles_t, tiles_h, tiles_w, rounds)
+    # tokens of a batch entry in the tensors of log-sum-exps, and how many global queries there are
+    pitches = (pitch, global_pitch, n_queries)
     gl.warp_specialize(
         [
             (_consume, (descs, extras, smem, bars, tables, lse, lse_global, shape, plan, N_EXTRA,
-                        n_queries, scale, radius, QBOX, HALF, KBOX, D, STAGES, Q_STAGES, 0, DISC)),
+                        pitches, scale, radius, QBOX, HALF, KBOX, D, STAGES, Q_STAGES, 0, DISC)),
             (_consume, (descs, extras, smem, bars, tables, lse, lse_global, shape, plan, N_EXTRA,
-                        n_queries, scale, radius, QBOX, HALF, KBOX, D, STAGES, Q_STAGES, 1, DISC)),
+                        pitches, scale, radius, QBOX, HALF, KBOX, D, STAGES, Q_STAGES, 1, DISC)),
             (_produce, (descs, extras, smem, bars, tables, shape, plan, N_EXTRA, QBOX, HALF,
                         KBOX, D, STAGES, Q_STAGES)),
         ],

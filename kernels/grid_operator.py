@@ -84,7 +84,7 @@ def _attend(
         results = _forward_of(backend)(q, k, v, restore_window(window), scale, *some)
     out, lse, *of_global = results
     if of_global[0] is None:
-        of_global = list(_empty_results(q, v, global_q)[2:])
+        of_global = [*_room((q.shape[0], 0, q.shape[-2]), q, v)]
     return out.contiguous(), lse.contiguous(), *(x.contiguous() for x in of_global)
 
 
@@ -97,12 +97,14 @@ def _empty_results(
     q: Tensor, v: Tensor, global_q: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Room for the results of `_attend`; the global ones have no rows without `global_q`."""
-    results, wide = [], torch.promote_types(q.dtype, torch.float32)
     count = 0 if global_q is None else global_q.shape[1]
-    for rows in (q.shape[:-1], (q.shape[0], count, q.shape[-2])):
-        results.append(q.new_empty((*rows, v.shape[-1])))
-        results.append(q.new_empty(rows, dtype=wide))
-    return results[0], results[1], results[2], results[3]
+    return *_room(q.shape[:-1], q, v), *_room((q.shape[0], count, q.shape[-2]), q, v)
+
+
+def _room(rows: Sequence[int], q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the output and the log-sum-exp of so many rows."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty((*rows, v.shape[-1])), q.new_empty(rows, dtype=wide)
 
 
 def _or_none(x: Tensor | None) -> Tensor | None:

@@ -29,7 +29,8 @@ class Plan:
     positions that depend only on the kind of the tile, and a box is one int32 that holds its three
     numbers along the axes, `shifts` bits apart.
 
-    tiles: int32 [all tiles of axis 0, 1, 2; 2], (start, kind); counts: tiles per axis.
+    tiles: int32 [all tiles of axis 0, 1, 2; 3], (first column, kind, first row); counts: tiles per
+    axis.
     kinds: how many kinds of tile each axis has; groups: int32 [product of kinds, 3],
     (first position, boxes to mask, full boxes), in `lists` in this order.
     limits: int32, lo of all rows and hi of all rows, axis after axis.
@@ -80,9 +81,9 @@ def plan(window: Window, rows: Box, columns: Box, inverse: bool, device: torch.d
     ]
     kinds = [list(dict.fromkeys(sign)) for sign in signs]
     tiles = [
-        (tile.start, kind.index(sign))
-        for tiles, kind, sign_of in zip(axes, kinds, signs, strict=True)
-        for tile, sign in zip(tiles, sign_of, strict=True)
+        (tile.start, kind.index(sign), i * r)
+        for tiles, kind, sign_of, r in zip(axes, kinds, signs, rows, strict=True)
+        for i, (tile, sign) in enumerate(zip(tiles, sign_of, strict=True))
     ]
     most = [max(tile.boxes for tile in one) for one in axes]
     shifts = (most[2].bit_length() + most[1].bit_length(), most[2].bit_length())

@@ -16,10 +16,12 @@ from vistoken.kernels.grid_triton_dense import dense_forward
 from vistoken.kernels.tiling import choose_tiles, without_disc
 from vistoken.kernels.triton_box import (
     box_of,
-    find_tile,
+    find_boxes,
+    find_rows,
     head_of,
     lane_offsets,
     lanes,
+    number_of,
     offsets,
     row_sight,
     visible,
@@ -68,16 +70,10 @@ def forward_kernel(
     tile = program % programs
     head = (program // programs) % heads
     batch = program // programs // heads
-    n_t, n_h, n_w, start_t, start_h, start_w, first, masked, full = find_tile(
-        tile, tiles, groups, pitch
-    )
+    start_t, start_h, start_w, first, masked, full = find_boxes(tile, tiles, groups, pitch)
 
     # the queries
-    t, h, w = lanes(ROWS[0], ROWS[1], ROWS[2])
-    t += n_t * ROWS[0]
-    h += n_h * ROWS[1]
-    w += n_w * ROWS[2]
-    inside = (t < pitch[0]) & (h < pitch[1]) & (w < pitch[2])
+    t, h, w, inside = find_rows(tile, tiles, pitch, ROWS)
     q = load_tile(
         head_of(q_base, batch, head, q_strides), offsets(t, h, w, q_strides), inside,
         True, D, BLOCK_D,
@@ -150,8 +146,8 @@ def forward_kernel(
             )
 
     out, lse = softmax_end(acc, total, top)
-    token = ((batch.to(tl.int64) * pitch[0] + t) * pitch[1] + h) * pitch[2] + w
-    row = token * heads + head
+    t, h, w, inside = find_rows(tile, tiles, pitch, ROWS)
+    row = number_of(batch, t, h, w, head, heads, pitch)
     store_tile(out_base, row * DV, inside, out, DV, BLOCK_DV)
     tl.store(lse_base + row, lse, mask=inside)
 

@@ -8,6 +8,8 @@ The queries that see a tile of keys lie in a box, as the keys that a tile of que
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,10 +19,12 @@ from vistoken.kernels.grid_plan import plan
 from vistoken.kernels.tiling import choose_tiles, without_disc
 from vistoken.kernels.triton_box import (
     box_of,
-    find_tile,
+    find_boxes,
+    find_rows,
     head_of,
     lane_offsets,
     lanes,
+    number_of,
     offsets,
     row_sight,
     visible,
@@ -64,16 +68,10 @@ def key_gradient_kernel(
     kv_head = (program // programs) % kv_heads
     batch = program // programs // kv_heads
     heads = kv_heads * share
-    n_t, n_h, n_w, start_t, start_h, start_w, first, masked, full = find_tile(
-        tile, tiles, groups, pitch
-    )
+    start_t, start_h, start_w, first, masked, full = find_boxes(tile, tiles, groups, pitch)
 
     # the keys
-    t, h, w = lanes(ROWS[0], ROWS[1], ROWS[2])
-    t += n_t * ROWS[0]
-    h += n_h * ROWS[1]
-    w += n_w * ROWS[2]
-    inside = (t < pitch[0]) & (h < pitch[1]) & (w < pitch[2])
+    t, h, w, inside = find_rows(tile, tiles, pitch, ROWS)
     k = load_tile(
         head_of(k_base, batch, kv_head, k_strides), offsets(t, h, w, k_strides), inside,
         True, D, BLOCK_D,
@@ -114,7 +112,7 @@ def key_gradient_kernel(
                     d_out_head + offsets(q_t, q_h, q_w, d_out_strides), d_out_lanes, there,
                     True, DV, BLOCK_DV,
                 )  # fmt: skip
-                row = _row(batch, query_t, query_h, query_w, head, heads, pitch)
+                row = number_of(batch, query_t, query_h, query_w, head, heads, pitch)
                 lse = load_lse(lse_base + row, there, True)
                 delta = tl.load(delta_base + row, mask=there, other=0.0)
                 seen = visible(
@@ -138,7 +136,7 @@ def key_gradient_kernel(
                     d_out_head + offsets(q_t, q_h, q_w, d_out_strides), d_out_lanes, True,
                     False, DV, BLOCK_DV,
                 )  # fmt: skip
-                row = _row(batch, q_t + lane_t, q_h + lane_h, q_w + lane_w, head, heads, pitch)
+                row = number_of(batch, q_t + lane_t, q_h + lane_h, q_w + lane_w, head, heads, pitch)
                 lse = load_lse(lse_base + row, True, False)
                 delta = tl.load(delta_base + row)
                 d_k, d_v = key_gradient_step(
@@ -162,22 +160,10 @@ def key_gradient_kernel(
                 d_k, d_v = key_gradient_step(
                     k, v, q, d_out, lse, delta, True, d_k, d_v, scale, False, PRECISION, UPCAST
                 )
-    n_t = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [n_t], dtype=tl.int32, is_pure=False, pack=1)
-    t, h, w = lanes(ROWS[0], ROWS[1], ROWS[2])
-    t += n_t * ROWS[0]
-    h += n_h * ROWS[1]
-    w += n_w * ROWS[2]
-    inside = (t < pitch[0]) & (h < pitch[1]) & (w < pitch[2])
-    row = _row(batch, t, h, w, kv_head, kv_heads, pitch)
+    t, h, w, inside = find_rows(tile, tiles, pitch, ROWS)
+    row = number_of(batch, t, h, w, kv_head, kv_heads, pitch)
     store_tile(d_k_base, row * D, inside, d_k * softmax_scale, D, BLOCK_D)
     store_tile(d_v_base, row * DV, inside, d_v, DV, BLOCK_DV)
-
-
-@triton.jit
-def _row(batch, t, h, w, head, heads, pitch):
-    """Number of a (token, head) of the grid."""
-    token = ((batch.to(tl.int64) * pitch[0] + t) * pitch[1] + h) * pitch[2] + w
-    return token * heads + head
 
 
 def key_gradient_launch(
@@ -206,10 +192,11 @@ def key_gradient_launch(
     queries = 0 if global_q is None else global_q.shape[1]
     if queries == 0:
         global_q, d_global_out, global_lse, global_delta = q, d_out, lse, delta
+    strided: list[Any] = [q, k, v, d_out, global_q, d_global_out]
     arguments = (
         q, k, v, d_out, lse, delta, d_k, d_v, global_q, d_global_out, global_lse, global_delta,
         tables.tiles, tables.groups, tables.lists, tables.limits,
-        *map(strides, (q, k, v, d_out, global_q, d_global_out)), tables.pitch,
+        *map(strides, strided), tables.pitch,
         tables.programs, kv_heads, q.shape[-2] // kv_heads, queries, window.radius,
         log2_scale(scale), scale,
     )  # fmt: skip

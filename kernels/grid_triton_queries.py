@@ -14,10 +14,12 @@ from vistoken.kernels.grid_plan import plan
 from vistoken.kernels.tiling import choose_tiles, without_disc
 from vistoken.kernels.triton_box import (
     box_of,
-    find_tile,
+    find_boxes,
+    find_rows,
     head_of,
     lane_offsets,
     lanes,
+    number_of,
     offsets,
     row_sight,
     visible,
@@ -59,17 +61,11 @@ def query_gradient_kernel(
     tile = program % programs
     head = (program // programs) % heads
     batch = program // programs // heads
-    n_t, n_h, n_w, start_t, start_h, start_w, first, masked, full = find_tile(
-        tile, tiles, groups, pitch
-    )
+    start_t, start_h, start_w, first, masked, full = find_boxes(tile, tiles, groups, pitch)
 
     # the queries
-    t, h, w = lanes(ROWS[0], ROWS[1], ROWS[2])
-    t += n_t * ROWS[0]
-    h += n_h * ROWS[1]
-    w += n_w * ROWS[2]
-    inside = (t < pitch[0]) & (h < pitch[1]) & (w < pitch[2])
-    row = (((batch.to(tl.int64) * pitch[0] + t) * pitch[1] + h) * pitch[2] + w) * heads + head
+    t, h, w, inside = find_rows(tile, tiles, pitch, ROWS)
+    row = number_of(batch, t, h, w, head, heads, pitch)
     q = load_tile(
         head_of(q_base, batch, head, q_strides), offsets(t, h, w, q_strides), inside,
         True, D, BLOCK_D,
@@ -149,6 +145,8 @@ def query_gradient_kernel(
             d_q = query_gradient_step(
                 q, k, v, d_out, lse, delta, there[None, :], d_q, scale, True, PRECISION, UPCAST
             )
+    t, h, w, inside = find_rows(tile, tiles, pitch, ROWS)
+    row = number_of(batch, t, h, w, head, heads, pitch)
     store_tile(d_q_base, row * D, inside, d_q * softmax_scale, D, BLOCK_D)
 
 

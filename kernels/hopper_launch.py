@@ -52,7 +52,7 @@ def _descriptor(x: Tensor, block: list[int]):  # type: ignore[no-untyped-def]
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     if not _addressable(x):
-        x = x.contiguous()
+        x = x.clone(memory_format=torch.contiguous_format)
     width = x.shape[-2] * x.shape[-1]
     shape = [*x.shape[:-2], width]
     # an axis of one token may have any stride; the hardware wants a multiple of 16 bytes

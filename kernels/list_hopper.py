@@ -27,6 +27,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> s
             f"it takes query blocks of a multiple of {QUERIES} and key blocks of {KEYS} tokens, "
             f"not {mask.block_q} x {mask.block_kv}"
         )
+    if mask.lengths is not None:
+        return "keys that do not count are hidden by their scores alone, and could hold NaN"
     return why_not_here(q, v, scale)
 
 
@@ -44,11 +46,11 @@ def forward(
     hopper_list_forward[(batch * heads * tiles,)](
         list_descriptor(q, QUERIES // 2), list_descriptor(k, mask.block_kv),
         list_descriptor(v, mask.block_kv), list_descriptor(out, QUERIES // 2),
-        *lists, lse, heads, heads // k.shape[2], tokens, mask.kv_tokens, tiles,
-        mask.full_index.shape[-1], mask.partial_index.shape[-1], *list_strides(mask),
+        *lists[:-1], lse, heads, heads // k.shape[2], tokens, mask.kv_tokens, tiles,
+        mask.full_index.shape[-1], mask.partial_index.shape[-1], *list_strides(mask)[:2],
         scale * math.log2(math.e), BLOCK_Q=mask.block_q, BLOCK=mask.block_kv, D=dim,
         STAGES=STAGES[dim] * 128 // mask.block_kv,
-        RAGGED=mask.lengths is not None or mask.kv_tokens % mask.block_kv != 0,
+        RAGGED=mask.kv_tokens % mask.block_kv != 0,
         PARTIAL=mask.table is not None, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     return out, lse

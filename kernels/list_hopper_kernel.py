@@ -22,7 +22,7 @@ from vistoken.kernels.hopper_tile import LN2, MASKED, advance, ring, weigh
 def _tile(shape, strides, BLOCK_Q: gl.constexpr):
     """This program's batch, head, first query and the place of its list."""
     heads, group, q_tokens, kv_tokens, tiles, width, partial_width = shape
-    list_batch, list_head, length_batch = strides
+    list_batch, list_head = strides
     index = gl.program_id(0)
     plane = index // tiles
     first = (index - plane * tiles) * 128
@@ -50,7 +50,7 @@ def _produce(
     q_desc, k_desc, v_desc, o_desc = descs
     q_smem, k_smem, v_smem = smem
     q_full, k_full, k_empty, v_full, v_empty = bars
-    full_count, full_index, partial_count, partial_index, partial_bits, table, lengths = lists
+    full_count, full_index, partial_count, partial_index, partial_bits, table = lists
     batch, head, first, at = _tile(shape, strides, BLOCK_Q)
     mbarrier.expect(q_full, 2 * 64 * D * 2)
     for half in gl.static_range(2):
@@ -79,16 +79,14 @@ def _produce(
 
 @gluon.jit
 def _hide(
-    s, i, n_partial, at, batch, row, column, lists, shape, strides,
+    s, i, n_partial, at, row, column, lists, shape,
     BLOCK_Q: gl.constexpr, BLOCK: gl.constexpr, RAGGED: gl.constexpr, PARTIAL: gl.constexpr,
 ):  # fmt: skip
     """Mask the scores of the i-th key block of a list where a query does not see a key."""
-    full_count, full_index, partial_count, partial_index, partial_bits, table, lengths = lists
+    full_count, full_index, partial_count, partial_index, partial_bits, table = lists
     if RAGGED:
         block = _key_block(i, n_partial, at, shape, full_index, partial_index)
         valid = gl.minimum(shape[3] - block * BLOCK, BLOCK)
-        if lengths is not None:
-            valid = gl.minimum(valid, gl.load(lengths + batch * strides[2] + block))
         if valid < BLOCK:
             s = gl.where((column < valid)[None, :], s, MASKED)
     if PARTIAL:  # noqa: SIM102 (decided when the kernel is compiled, unlike the inner one)
@@ -112,7 +110,7 @@ def _consume(
     q_desc, k_desc, v_desc, o_desc = descs
     q_smem, k_smem, v_smem = smem
     q_full, k_full, k_empty, v_full, v_empty = bars
-    full_count, full_index, partial_count, partial_index, partial_bits, table, lengths = lists
+    full_count, full_index, partial_count, partial_index, partial_bits, table = lists
     heads, group, q_tokens, kv_tokens, tiles, width, partial_width = shape
     dtype: gl.constexpr = q_desc.dtype
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -139,7 +137,7 @@ def _consume(
         s = warpgroup_mma_wait(0, [s])
         mbarrier.arrive(k_empty.index(0), count=1)
         s = _hide(
-            s, 0, n_partial, at, batch, inner, column, lists, shape, strides,
+            s, 0, n_partial, at, inner, column, lists, shape,
             BLOCK_Q, BLOCK, RAGGED, PARTIAL,
         )  # fmt: skip
         e, alpha, top, mass = weigh(s, top, mass, scale)
@@ -157,7 +155,7 @@ def _consume(
             s = warpgroup_mma_wait(1, [s])
             mbarrier.arrive(k_empty.index(stage), count=1)
             s = _hide(
-                s, i, n_partial, at, batch, inner, column, lists, shape, strides,
+                s, i, n_partial, at, inner, column, lists, shape,
                 BLOCK_Q, BLOCK, RAGGED, PARTIAL,
             )  # fmt: skip
             e, alpha, top, mass = weigh(s, top, mass, scale)
@@ -188,8 +186,8 @@ def _consume(
 @gluon.jit
 def hopper_list_forward(
     q_desc, k_desc, v_desc, o_desc, full_count, full_index, partial_count, partial_index,
-    partial_bits, table, lengths, lse, heads, group, q_tokens, kv_tokens, tiles, width,
-    partial_width, list_batch, list_head, length_batch, scale,
+    partial_bits, table, lse, heads, group, q_tokens, kv_tokens, tiles, width,
+    partial_width, list_batch, list_head, scale,
     BLOCK_Q: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     RAGGED: gl.constexpr, PARTIAL: gl.constexpr,
 ):  # fmt: skip
@@ -204,9 +202,9 @@ def hopper_list_forward(
     descs = (q_desc, k_desc, v_desc, o_desc)
     smem = (q_smem, k_smem, v_smem)
     bars = (q_full.index(0), k_full, k_empty, v_full, v_empty)
-    lists = (full_count, full_index, partial_count, partial_index, partial_bits, table, lengths)
+    lists = (full_count, full_index, partial_count, partial_index, partial_bits, table)
     shape = (heads, group, q_tokens, kv_tokens, tiles, width, partial_width)
-    strides = (list_batch, list_head, length_batch)
+    strides = (list_batch, list_head)
     gl.warp_specialize(
         [
             (_consume, (descs, smem, bars, lists, lse, shape, strides, scale, BLOCK_Q, BLOCK, D,

@@ -238,7 +238,9 @@ class _Blocks:
 
     def key_tokens(self, x: Tensor, like: Tensor) -> Tensor:
         """Undo `keys`: [B * Hkv * nk, block_kv, C] to [B, N, Hkv, C]."""
-        tiles = x.view(self.batch, self.kv_heads, self.mask.kv_blocks, self.mask.block_kv, -1)
+        tiles = x.view(
+            self.batch, self.kv_heads, self.mask.kv_blocks, self.mask.block_kv, x.shape[-1]
+        )
         return tiles.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, : like.shape[1]].contiguous()
 
     def batches(self) -> Iterator[_Batch]:

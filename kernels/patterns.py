@@ -13,7 +13,7 @@ from vistoken.errors import MethodError
 from vistoken.kernels.band_pattern import BandPattern, radial_half_widths
 from vistoken.kernels.block_mask import BlockMask
 from vistoken.kernels.block_sparse import block_sparse_attention, check_sequences
-from vistoken.kernels.grid_attention import grid_attention
+from vistoken.kernels.grid_attention import attend_sequence, grid_attention
 from vistoken.kernels.region_pattern import RegionPattern
 from vistoken.kernels.row_lists import AxisTable, Reach, Rows, row_block_mask, spread
 from vistoken.kernels.windows import Neighborhood, Window, disc_window, neighborhood
@@ -310,6 +310,10 @@ def pattern_attention(
     return (out, lse) if return_lse else out
 
 
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def _attend_regions(
     q: Tensor,
     k: Tensor,
@@ -346,6 +350,12 @@ def _attend_grid(
 
     texts = start + pattern.suffix > 0
     extra_q, extra_k, extra_v = (outer(x) if texts else None for x in (q, k, v))
+    if texts and not (start and pattern.suffix) and not _needs_gradient(q, k, v):
+        joined = attend_sequence(
+            q, k, v, pattern.where, scale, (start, stop), (extra_q, extra_k, extra_v), backend
+        )
+        if joined is not None:
+            return joined
     out, lse, global_out, global_lse = grid_attention(
         inner(q), inner(k), inner(v), pattern.where, scale=scale,
         extra_k=extra_k, extra_v=extra_v, global_q=extra_q, backend=backend,

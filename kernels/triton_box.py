@@ -47,17 +47,25 @@ def head_of(pointer, batch, head, strides):
 
 
 @triton.jit
-def find_tile(tile, tiles, groups, pitch):
-    """The tile's numbers along the axes, the starts of its boxes, and its part of the lists.
+def _rows_of_table(tile, tiles, pitch):
+    """Where the table holds the tile's part of each axis.
 
     pitch: (grid 3, counts of axes 1 and 2, kinds of axes 1 and 2, shifts 2, tiles of axis 0).
     """
     w = tile % pitch[4]
     h = (tile // pitch[4]) % pitch[3]
     t = tile // (pitch[4] * pitch[3])
-    row_t = tiles + 2 * t
-    row_h = tiles + 2 * (pitch[9] + h)
-    row_w = tiles + 2 * (pitch[9] + pitch[3] + w)
+    return (
+        tiles + 3 * t,
+        tiles + 3 * (pitch[9] + h),
+        tiles + 3 * (pitch[9] + pitch[3] + w),
+    )
+
+
+@triton.jit
+def find_boxes(tile, tiles, groups, pitch):
+    """The first column of a tile along each axis, and its part of the lists of boxes."""
+    row_t, row_h, row_w = _rows_of_table(tile, tiles, pitch)
     start_t = tl.load(row_t)
     start_h = tl.load(row_h)
     start_w = tl.load(row_w)
@@ -65,7 +73,29 @@ def find_tile(tile, tiles, groups, pitch):
     first = tl.load(groups + 3 * group)
     masked = tl.load(groups + 3 * group + 1)
     full = tl.load(groups + 3 * group + 2)
-    return t, h, w, start_t, start_h, start_w, first, masked, full
+    return start_t, start_h, start_w, first, masked, full
+
+
+@triton.jit
+def find_rows(tile, tiles, pitch, ROWS: tl.constexpr):
+    """Coordinates of the rows of a tile, and which of them lie in the grid.
+
+    Asked twice, before and after the loops over boxes, they are computed twice and take no
+    registers in between: volatile loads are never merged.
+    """
+    row_t, row_h, row_w = _rows_of_table(tile, tiles, pitch)
+    t, h, w = lanes(ROWS[0], ROWS[1], ROWS[2])
+    t += tl.load(row_t + 2, volatile=True)
+    h += tl.load(row_h + 2, volatile=True)
+    w += tl.load(row_w + 2, volatile=True)
+    return t, h, w, (t < pitch[0]) & (h < pitch[1]) & (w < pitch[2])
+
+
+@triton.jit
+def number_of(batch, t, h, w, head, heads, pitch):
+    """Number of a (token, head) of a grid in memory without gaps."""
+    token = ((batch.to(tl.int64) * pitch[0] + t) * pitch[1] + h) * pitch[2] + w
+    return token * heads + head
 
 
 @triton.jit

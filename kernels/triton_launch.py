@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from vistoken.kernels.windows import Window
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256
+AMD = 0
 SMALL = 2048  # keys of a window below which boxes are mostly masked
 
 
@@ -101,15 +102,13 @@ def options(kernel: str, q: Tensor, v: Tensor, window: Window | None = None) -> 
     if INTERPRETED:
         return Config((16,), (16,), 4, 1)
     if window is not None:
-        measured = _tuned().get(tuning_key(kernel, q, v, window))
+        measured = read_tuned(TUNED).get(tuning_key(kernel, q, v, window))
         if measured is not None:
             return measured
     size = _size(q, v)
     if q.dtype == torch.float32:
         return _FP32[kernel][size]
-    config = _HALF[kernel, architecture(q.device)][size]
-    # AMD GPUs spill with two boxes on their way
-    return config if torch.version.hip is None else replace(config, stages=1)
+    return _HALF[kernel, architecture(q.device)][size]
 
 
 def _size(q: Tensor, v: Tensor) -> int:
@@ -128,10 +127,12 @@ def tuning_key(kernel: str, q: Tensor, v: Tensor, window: Window) -> str:
     return f"{gpu}, {kernel}, {dtype}, {(64, 128, 256)[_size(q, v)]}, {size} {kind}"
 
 
+TUNED = Path(__file__).with_name("triton_tuned.json")
+
+
 @cache
-def _tuned() -> dict[str, Config]:
-    """The measured configurations that come with the package."""
-    path = Path(__file__).with_name("triton_tuned.json")
+def read_tuned(path: Path) -> dict[str, Config]:
+    """The measured configurations in a file, by `tuning_key`; none where there is no file."""
     if not path.exists():
         return {}
     stored = json.loads(path.read_text(encoding="utf-8"))
@@ -151,17 +152,26 @@ def why_not_device(device: torch.device) -> str | None:
 
 
 def architecture(device: torch.device) -> int:
-    """Which matrix instructions a GPU has: 80 (mma, and AMD), 90 (wgmma) or 100 (tcgen05)."""
+    """Which matrix instructions a GPU has: 80 (mma), 90 (wgmma), 100 (tcgen05) or AMD's."""
     if torch.version.hip is not None:
-        return 80
+        return AMD
     major = torch.cuda.get_device_capability(device)[0]
     return {9: 90, 10: 100}.get(major, 80)
 
 
 # For heads of up to 64, 128 and 256: none of these keeps registers in memory on the way.
 _HALF = {
+    ("forward", AMD): (
+        Config((64, 128), (64,), 16, 1), Config((128,), (32,), 16, 1), Config((64,), (32,), 8, 1),
+    ),
+    ("query_gradient", AMD): (
+        Config((128,), (64,), 16, 1), Config((64,), (32,), 16, 1), Config((64,), (32,), 8, 1),
+    ),
+    ("key_gradient", AMD): (
+        Config((32,), (128,), 16, 1), Config((32,), (64,), 8, 1), Config((32,), (32,), 4, 1),
+    ),
     ("forward", 80): (
-        Config((64, 128), (64,), 16, 3), Config((128,), (32,), 16, 3), Config((64,), (32,), 8, 2),
+        Config((64, 128), (64,), 16, 3), Config((128,), (64,), 16, 2), Config((64,), (32,), 8, 2),
     ),
     ("forward", 90): (
         Config((64, 128), (64,), 16, 3), Config((128,), (64,), 16, 3), Config((64,), (32,), 8, 2),
@@ -170,7 +180,7 @@ _HALF = {
         Config((64, 128), (64,), 16, 3), Config((128,), (64,), 16, 3), Config((64,), (32,), 8, 2),
     ),
     ("query_gradient", 80): (
-        Config((128,), (64,), 16, 2), Config((64,), (32,), 16, 2), Config((64,), (32,), 8, 1),
+        Config((128,), (64,), 16, 2), Config((128,), (32,), 16, 2), Config((64,), (32,), 8, 1),
     ),
     ("query_gradient", 90): (
         Config((128,), (64,), 16, 2), Config((128,), (64,), 16, 2), Config((64,), (32,), 8, 2),
@@ -179,7 +189,7 @@ _HALF = {
         Config((128,), (64,), 16, 2), Config((128,), (64,), 16, 2), Config((64,), (32,), 8, 2),
     ),
     ("key_gradient", 80): (
-        Config((32,), (128,), 16, 2), Config((32,), (64,), 8, 2), Config((32,), (32,), 4, 1),
+        Config((32,), (128,), 16, 2), Config((64,), (64,), 8, 2), Config((32,), (32,), 4, 1),
     ),
     ("key_gradient", 90): (
         Config((64,), (128,), 16, 2), Config((32,), (128,), 16, 2), Config((32,), (32,), 4, 1),

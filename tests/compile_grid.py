@@ -1,6 +1,7 @@
 """Compile the Triton kernels of grid attention for a GPU that is not there, and describe the code.
 
-Run as a program: `compile_grid.py CAPABILITY CASE...`; prints one JSON object per kernel.
+Run as a program: `compile_grid.py CAPABILITY CASE...`; prints one JSON object per kernel. The
+capability is 80, 90, ... of NVIDIA GPUs, or 0 for an AMD one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class AbsentGPU:
     """What Triton asks of a driver in order to compile."""
 
     def __init__(self, capability: int) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
+        amd = GPUTarget("hip", "gfx942", 64)
+        self.target = GPUTarget("cuda", capability, 32) if capability else amd
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -77,23 +79,37 @@ def launches(name: str) -> list[triton_launch.Launch]:
 def describe(launch: triton_launch.Launch) -> dict[str, Any]:
     """Registers, bytes of registers kept in memory, and instructions of a compiled kernel."""
     compiled = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.keywords)
+    amd = "amdgcn" in compiled.asm
+    found = _usage_amd(compiled.asm["amdgcn"]) if amd else _usage(compiled.asm["cubin"])
+    text = compiled.asm["amdgcn" if amd else "ptx"]
+    matrix = {
+        "mma": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mfma": "v_mfma"
+    }  # fmt: skip
+    return {
+        "kernel": launch.kernel.__name__,
+        "registers": found[0],
+        "stack": found[1],
+        "shared": compiled.metadata.shared,
+        "copies": text.count("cp.async.c"),
+        **{name: text.count(instruction) for name, instruction in matrix.items()},
+    }
+
+
+def _usage(binary: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(binary)
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
-    ptx = compiled.asm["ptx"]
-    matrix = {"mma": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
-    return {
-        "kernel": launch.kernel.__name__,
-        "registers": int(found[1]),
-        "stack": int(found[2]),
-        "shared": compiled.metadata.shared,
-        "copies": ptx.count("cp.async.c"),
-        **{name: ptx.count(instruction) for name, instruction in matrix.items()},
-    }
+    return int(found[1]), int(found[2])
+
+
+def _usage_amd(text: str) -> tuple[int, int]:
+    found = [re.search(rf"\.{name}: *(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count")]
+    assert found[0] and found[1], text[-2000:]
+    return int(found[0][1]), 4 * int(found[1][1])
 
 
 def main(capability: int, *names: str) -> None:

@@ -25,7 +25,6 @@ from vistoken.kernels import grid_hopper_backward_kernel, grid_hopper_kernel, li
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 LISTS = (
     "full_count", "full_index", "partial_count", "partial_index", "partial_bits", "table",
-    "lengths",
 )  # fmt: skip
 
 
@@ -81,7 +80,7 @@ def lists(dim: int, full: bool, _: bool) -> tuple[Any, dict[str, str], dict[str,
         "PARTIAL": full,
     }  # fmt: skip
     if not full:
-        fixed |= dict.fromkeys(("table", "lengths"))
+        fixed["table"] = None
     return list_hopper_kernel.hopper_list_forward, types, fixed
 
 

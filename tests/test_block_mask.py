@@ -194,6 +194,8 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(MethodError, match=r"full_count .* must be int32"):
         BlockMask(32, 32, 16, 16, good.full_count.long(), *[good.full_index] * 4)
     part = torch.zeros(1, 1, 2, 1, dtype=torch.int32)
+    with pytest.raises(MethodError, match="full_count on cpu and lengths on meta"):
+        BlockMask.from_map(on, 32, 32, lengths=torch.ones(1, 2, device="meta"))
     with pytest.raises(MethodError, match="needs the table"):
         BlockMask(
             32, 32, 16, 16, good.full_count, good.full_index, good.full_count, part, part

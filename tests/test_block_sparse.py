@@ -16,7 +16,8 @@ from vistoken.kernels import list_reference, merge_attentions, use_backend
 from vistoken.kernels.block_mask import BlockMask
 from vistoken.kernels.block_sparse import LIST_BACKENDS, block_sparse_attention
 
-ON = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON = torch.tensor([[True, False, True], [False, False, False], [True, True, True]], device=DEVICE)
 
 
 def tensors(
@@ -24,11 +25,14 @@ def tensors(
 ) -> list[Tensor]:
     """q, k, v for the map ON in blocks of 16, values wider than keys."""
     shapes = ((s, heads, 8), (n, kv_heads, 8), (n, kv_heads, 12))
-    return [torch.randn(2, *shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    return [
+        torch.randn(2, *shape, dtype=dtype, device=DEVICE, requires_grad=True) for shape in shapes
+    ]
 
 
 def same(found: Any, expected: Any, limit: float = 1e-12) -> bool:
-    return all(torch.allclose(a, b, 0, limit) for a, b in zip(found, expected, strict=True))
+    pairs = zip(found, expected, strict=True)
+    return all(torch.allclose(a.cpu(), b.cpu(), 0, limit) for a, b in pairs)
 
 
 # --- the definition ------------------------------------------------------------------------------
@@ -38,6 +42,7 @@ def slow(
     q: Tensor, k: Tensor, v: Tensor, on: Tensor, sees: Any, lengths: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """One query at a time, from the map, the rule inside blocks of 16 and the valid keys."""
+    q, k, v, on = (x.cpu() for x in (q, k, v, on))
     out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
     lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float64)
     group = q.shape[2] // k.shape[2]
@@ -71,6 +76,7 @@ def test_equals_one_query_at_a_time(backend: str, heads: int) -> None:
     on[:, :, 1] = False
     lengths = torch.tensor([[16, 3, 4], [7, 0, 1]])
     mask = BlockMask.from_map(on, 40, 36, 16, mask=sees, lengths=lengths, batch=2, heads=2)
+    mask = mask.to(DEVICE)
     expected = slow(q, k, v, on, sees, lengths, 0.4)
     found = block_sparse_attention(q, k, v, mask, scale=0.4, return_lse=True, backend=backend)
     assert found[0].dtype == found[1].dtype == torch.float32
@@ -83,14 +89,14 @@ def test_equals_one_query_at_a_time(backend: str, heads: int) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "tiled", "triton"])
 def test_keys_that_do_not_count_may_be_anything(backend: str) -> None:
-    lengths = torch.tensor([[16, 3, 4], [7, 0, 1]])
+    lengths = torch.tensor([[16, 3, 4], [7, 0, 1]], device=DEVICE)
     q, k, v = (x.detach().float() for x in tensors())
     mask = BlockMask.from_map(ON, 40, 36, 16, lengths=lengths)
     clean = list_results(
         lambda q, k, v: block_sparse_attention(q, k, v, mask, return_lse=True, backend=backend),
         {"q": q, "k": k, "v": v},
     )
-    counts = (torch.arange(16) < lengths[..., None]).flatten(1)[:, :36]
+    counts = (torch.arange(16, device=DEVICE) < lengths[..., None]).flatten(1)[:, :36]
     for x in (k, v):
         x[~counts] = math.nan
     found = list_results(
@@ -104,7 +110,7 @@ def test_keys_that_do_not_count_may_be_anything(backend: str) -> None:
 
 def test_all_blocks_are_dense_attention() -> None:
     q, k, v = tensors(heads=3, kv_heads=3)
-    out = block_sparse_attention(q, k, v, torch.ones(3, 3, dtype=torch.bool))
+    out = block_sparse_attention(q, k, v, torch.ones_like(ON))
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     dense = torch.nn.functional.scaled_dot_product_attention(*heads_first)
     assert same([out], [dense.transpose(1, 2)])
@@ -114,7 +120,7 @@ def test_two_halves_merge_into_the_whole() -> None:
     """Disjoint block maps, one of them empty for some queries, are exact after a merge."""
     inputs = tensors()
     whole = block_sparse_attention(*inputs, ON, return_lse=True)
-    left = ON & torch.tensor([True, False, False])
+    left = ON & torch.tensor([True, False, False], device=DEVICE)
     parts = [block_sparse_attention(*inputs, part, return_lse=True) for part in (left, ON & ~left)]
     merged = merge_attentions(*map(list, zip(*parts, strict=True)))
     assert same(merged, whole)
@@ -156,8 +162,11 @@ def test_gradcheck_of_the_operator() -> None:
     """In fp32, so with wide steps: the kernel has no fp64."""
     mask = BlockMask.from_map(
         torch.ones(1, 2, dtype=torch.bool), 3, 18, 16, mask=lambda b, h, q, kv: kv % 5 < q
-    )
-    inputs = [torch.randn(1, n, h, 2, requires_grad=True) for n, h in ((3, 2), (18, 1), (18, 1))]
+    ).to(DEVICE)
+    inputs = [
+        torch.randn(1, n, h, 2, device=DEVICE, requires_grad=True)
+        for n, h in ((3, 2), (18, 1), (18, 1))
+    ]
 
     def attention(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = block_sparse_attention(
@@ -177,7 +186,7 @@ def test_operator_contract() -> None:
     mask = BlockMask.from_map(
         torch.ones(2, 1, 1, 2, dtype=torch.bool), 9, 20, 16,
         mask=lambda b, h, q, kv: (q + kv) % 3 > 0, lengths=torch.tensor([[16, 1], [3, 4]]),
-    )  # fmt: skip
+    ).to(DEVICE)  # fmt: skip
     q, k, v = tensors(9, 20, dtype=torch.float32)
     lists = list_operator._flatten(mask, True)
     arguments = (q, k, v, lists, 16, 16, 0.3)
@@ -224,9 +233,9 @@ def test_a_mask_is_refused_inside_compiled_code() -> None:
 @pytest.mark.parametrize("backend", ["reference", "tiled", "triton"])
 def test_strides_do_not_matter(backend: str) -> None:
     """Heads first, every other token, expanded over heads, a slice of a wider tensor."""
-    q = torch.randn(2, 2, 40, 8).transpose(1, 2)
-    k = torch.randn(2, 72, 1, 8)[:, ::2].expand(-1, -1, 2, -1)
-    v = torch.randn(2, 36, 2, 24)[..., 1::2]
+    q = torch.randn(2, 2, 40, 8, device=DEVICE).transpose(1, 2)
+    k = torch.randn(2, 72, 1, 8, device=DEVICE)[:, ::2].expand(-1, -1, 2, -1)
+    v = torch.randn(2, 36, 2, 24, device=DEVICE)[..., 1::2]
     assert not any(x.is_contiguous() for x in (q, k, v))
 
     def run(*inputs: Tensor) -> Tensor:
@@ -253,8 +262,8 @@ def test_only_one_input_needs_a_gradient(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["reference", "tiled", "triton"])
 def test_nothing_to_do(backend: str) -> None:
     for batch, s, n in ((0, 20, 20), (2, 0, 20), (2, 20, 0)):
-        on = torch.ones(-(-s // 16), -(-n // 16), dtype=torch.bool)
-        inputs = [torch.randn(batch, x, 2, 4, requires_grad=True) for x in (s, n, n)]
+        on = torch.ones(-(-s // 16), -(-n // 16), dtype=torch.bool, device=DEVICE)
+        inputs = [torch.randn(batch, x, 2, 4, device=DEVICE, requires_grad=True) for x in (s, n, n)]
         out, lse = block_sparse_attention(*inputs, on, return_lse=True, backend=backend)
         assert out.shape == (batch, s, 2, 4) and not out.any()
         assert lse.shape == (batch, s, 2) and (lse == -math.inf).all()
@@ -308,7 +317,7 @@ def test_backends_asked_for_by_name_do_not_fall_back(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("VISTOKEN_BACKEND", "triton")
     with pytest.raises(BackendUnavailable, match="VISTOKEN_BACKEND asks for"):
         block_sparse_attention(*inputs, ON)
-    wide = [torch.randn(1, 16, 1, 260) for _ in range(3)]
+    wide = [torch.randn(1, 16, 1, 260, device=DEVICE) for _ in range(3)]
     with pytest.raises(BackendUnavailable, match="head size is 260, at most 256"):
         block_sparse_attention(*wide, ON[:1, :1], backend="triton")
 
@@ -335,6 +344,6 @@ def test_bad_input_is_named() -> None:
     lists = BlockMask.from_map(ON, 40, 36)
     refuses("of 40 queries and 36 keys, got 39 and 36", q[:, 1:], k, v, lists)
     refuses("a BlockMask holds its own", q, k, v, lists, mask=lambda b, h, q, kv: q > kv)
-    refuses("is on meta and q on cpu", q, k, v, lists.to("meta"))
-    three = BlockMask.from_map(ON, 40, 36, lengths=torch.ones(3, 3))
+    refuses(f"is on meta and q on {q.device}", q, k, v, lists.to("meta"))
+    three = BlockMask.from_map(ON, 40, 36, lengths=torch.ones(3, 3, device=DEVICE))
     refuses("has 3 rows of lengths, q has 2", q, k, v, three)

@@ -174,7 +174,7 @@ def test_outputs_and_gradients(seed: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(20))
 def test_block_lists(seed: int) -> None:
-    """Random maps with element masks, short blocks and rows that see nothing."""
+    """Random maps with element masks, a short last block and rows that see nothing."""
     from vistoken.kernels import list_hopper
 
     chance = random.Random(seed)
@@ -185,11 +185,9 @@ def test_block_lists(seed: int) -> None:
     queries, keys = chance.randint(1, 900), chance.randint(1, 900)
     nq, nk = -(-queries // block_q), -(-keys // block_kv)
     on = torch.rand((batch, heads, nq, nk), generator=generator) < 0.5
-    lengths = torch.randint(1, block_kv + 1, (batch, nk), generator=generator).cuda()
     mask = BlockMask.from_map(
         on.cuda(), queries, keys, (block_q, block_kv), batch=batch, heads=heads,
         mask=(lambda b, h, i, j: (i * 7 + j * 13 + h) % 5 < 3) if seed % 2 else None,
-        lengths=lengths if seed % 3 == 0 else None,
     )  # fmt: skip
     shapes = ((queries, heads), (keys, kv_heads), (keys, kv_heads))
     q, k, v = (torch.randn(batch, *shape, dim, device="cuda").bfloat16() for shape in shapes)
@@ -199,8 +197,9 @@ def test_block_lists(seed: int) -> None:
     blind = right_lse.isneginf()
     assert torch.equal(lse.isneginf(), blind)
     assert not out[blind].any()
-    assert error(out[~blind], right[~blind]) < torch.finfo(q.dtype).eps
-    assert error(lse[~blind], right_lse[~blind]) < 1e-5
+    if not blind.all():
+        assert error(out[~blind], right[~blind]) < torch.finfo(q.dtype).eps
+        assert error(lse[~blind], right_lse[~blind]) < 1e-5
 
 
 @on_hopper

@@ -20,6 +20,7 @@ DENSE = {f"dense_{name}" for name in PLAIN}
 def compiled(capability: int, *names: str) -> list[dict[str, Any]]:
     """What the kernels of some cases are compiled to; in a process without the interpreter."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[1]), *filter(None, sys.path)])
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(capability), *names],
         env=environment, capture_output=True, text=True, timeout=600,
@@ -35,8 +36,9 @@ def compiled(capability: int, *names: str) -> list[dict[str, Any]]:
         (80, ["image, 128"], PLAIN, ["mma"]),
         (90, ["image and text, 128", "video, 64"], PLAIN | DENSE, ["wgmma"]),
         (100, ["image, 128"], PLAIN, ["tcgen05", "mma"]),
+        (0, ["image, 128"], PLAIN, ["mfma"]),
     ],
-    ids=["sm_80", "sm_90", "sm_100"],
+    ids=["sm_80", "sm_90", "sm_100", "gfx942"],
 )
 def test_no_spills_and_matrix_instructions(
     capability: int, names: list[str], kernels: set[str], instructions: list[str]
@@ -49,5 +51,7 @@ def test_no_spills_and_matrix_instructions(
     for kernel in found:
         assert kernel["stack"] == 0, kernel  # all registers fit
         assert any(kernel[name] for name in instructions), kernel
-        assert kernel["copies"] > 0, kernel  # the next box is on its way while one is computed
-        assert kernel["shared"] <= {80: 163, 90: 227, 100: 227}[capability] * 1024, kernel
+        # the next box is on its way while one is computed
+        assert kernel["copies"] > 0 or not capability, kernel
+        # 99 KiB are what the smallest GPUs with the instructions of sm_80 have
+        assert kernel["shared"] <= {80: 99, 90: 227, 100: 227, 0: 64}[capability] * 1024, kernel

@@ -161,3 +161,26 @@ def test_tiles_fit_the_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
                         kept, walked = walked, kept
                     assert min(kept, walked) >= 16 and config.stages >= 1
                     assert (kept + config.stages * walked) * row <= room
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", BUDGETS)
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("block", [(128, 128), (128, 64), (64, 32), (256, 128)])
+def test_large_blocks_on_a_gpu(block: tuple[int, int], dim: int, dtype: torch.dtype) -> None:
+    """Tiles as they are on the device; keys behind the valid ones of their block are NaN."""
+    tokens = 700
+    nq, nk = -(-tokens // block[0]), -(-tokens // block[1])
+    lengths = torch.randint(0, block[1] + 1, (2, nk))
+    lengths[:, -1] = lengths[:, -1].clamp(max=tokens - (nk - 1) * block[1])
+    mask = BlockMask.from_map(
+        torch.rand(2, 4, nq, nk) < 0.6, tokens, tokens, block, lengths=lengths,
+        mask=lambda b, h, q, kv: (q * 3 + kv * 7) % 11 > 4 * (kv > 300), batch=2, heads=4,
+    ).to(DEVICE)  # fmt: skip
+    q, k, v = (
+        torch.randn(2, tokens, heads, dim, device=DEVICE, dtype=dtype) for heads in (4, 2, 2)
+    )
+    counts = (torch.arange(block[1]) < lengths[..., None]).flatten(1)[:, :tokens].to(DEVICE)
+    for x in (k, v):
+        x[~counts] = torch.nan
+    check({"q": q, "k": k, "v": v, "mask": mask, "scale": dim**-0.5})
