@@ -49,6 +49,11 @@ def why_not_tensors(
         return f"FlexAttention runs on cuda and cpu here, not on {q.device.type}"
     if not q.shape[0]:
         return "FlexAttention needs at least one batch entry"
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, v, *others)):
+        return (
+            "FlexAttention has no backward on a CPU, and compiled ones were seen to be wrong: call "
+            "it under torch.no_grad(), or take tiled or triton for gradients"
+        )
     if q.is_cuda:
         if q.dtype not in _HALF_OR_SINGLE:
             return f"FlexAttention compiles for fp16, bf16 and fp32, not for {q.dtype}"
@@ -58,8 +63,6 @@ def why_not_tensors(
                 f"{q.shape[-1]} of q and k and {v.shape[-1]} of v"
             )
         return None
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, v, *others)):
-        return "FlexAttention has no backward on a CPU; call it under torch.no_grad()"
     logits = q.shape[0] * q.shape[-2] * queries * keys
     if logits > _MOST_LOGITS:
         return (

@@ -172,7 +172,8 @@ def within(t, h, w, pitch, HIDDEN: tl.constexpr):
 @triton.jit
 def _bits(word, number, SIDE: tl.constexpr, SHIFT: tl.constexpr):
     """The bits of box `number` of a row's word, moved to its place."""
-    return ((word >> (number * SIDE)).to(tl.int32) & ((1 << SIDE) - 1)) << SHIFT
+    MASK: tl.constexpr = -1 if SIDE >= 32 else (1 << SIDE) - 1  # of 32 bits
+    return ((word >> (number * SIDE)).to(tl.int32) & MASK) << SHIFT
 
 
 @triton.jit

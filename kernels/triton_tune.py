@@ -18,7 +18,7 @@ from vistoken.errors import BackendUnavailable
 from vistoken.kernels.grid_triton import forward_launch, why_not
 from vistoken.kernels.grid_triton_keys import key_gradient_launch
 from vistoken.kernels.grid_triton_queries import query_gradient_launch
-from vistoken.kernels.triton_launch import TUNED, Config, Launch, options, read_tuned, tuning_key
+from vistoken.kernels.triton_launch import Config, Launch, options, read_tuned, tuning_key
 from vistoken.kernels.windows import Window
 
 KERNELS = ("forward", "query_gradient", "key_gradient")
@@ -111,8 +111,8 @@ def _time(
         return None
 
 
-def store(found: dict[str, Measured], path: Path = TUNED) -> None:
-    """Add the fastest configurations to `triton_tuned.json`, or to another file."""
+def store(found: dict[str, Measured], path: Path) -> None:
+    """Add the fastest configurations to a file; the one that kernels read is `triton_launch.TUNED`."""
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     stored |= {key: asdict(times[0][0]) for key, times in found.items() if times}
     text = json.dumps(dict(sorted(stored.items())), indent=1)

@@ -49,6 +49,7 @@ def _window(*arguments: Any) -> Window:
 # name: window, head size, dtype, text tokens
 CASES: dict[str, tuple[Window, int, torch.dtype, int]] = {
     "image, 128": (_window((256, 256), 80), 128, torch.bfloat16, 0),
+    "line, 64": (_window((700,), 90), 64, torch.bfloat16, 0),
     "image and text, 128": (_window((256, 256), 80), 128, torch.bfloat16, 512),
     "video, 64": (_window((32, 96, 96), 11), 64, torch.bfloat16, 0),
     "disc, 64": (disc_window((256, 256), 16), 64, torch.float16, 0),

@@ -12,7 +12,7 @@ from torch import Tensor
 from vistoken.kernels import grid_flex, grid_reference
 from vistoken.kernels.grid_flex_lists import BLOCK, make_order, raster_lists, tile_lists
 from vistoken.kernels.windows import Window, disc_window, neighborhood
-from window_cases import draw_inputs, draw_window, results_and_gradients, worst_error
+from window_cases import draw_inputs, draw_window, worst_error
 
 CPU = torch.device("cpu")
 TILES = [None, (1, 8, 16), (2, 2, 4), (4, 4, 2), (1, 1, 16)]
@@ -139,11 +139,18 @@ def test_why_not() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("tile", [None, (1, 8, 16)])
-def test_compiled_with_gradients(seed: int, tile: tuple[int, int, int] | None) -> None:
+@torch.no_grad()
+def test_compiled(seed: int, tile: tuple[int, int, int] | None) -> None:
     dice = Random(seed)
     window = dice.choice([disc_window((24, 40), 7), draw_window(dice)])
     inputs = draw_inputs(dice, window, torch.float32, channels=(16, 40))
     inputs = {n: x.cuda() if isinstance(x, Tensor) else x for n, x in inputs.items()}
-    found = results_and_gradients(lambda **x: grid_flex.forward(**x, tile=tile), inputs)
-    expected = results_and_gradients(grid_reference.forward, inputs)
+    names = ("out", "lse", "global_out", "global_lse")
+    found, expected = (
+        {n: x for n, x in zip(names, results, strict=True) if x is not None}
+        for results in (
+            grid_flex.forward(**inputs, tile=tile),
+            grid_reference.forward(**inputs),
+        )
+    )
     assert worst_error(found, expected) < 5e-3
