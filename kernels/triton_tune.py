@@ -112,7 +112,7 @@ def _time(
 
 
 def store(found: dict[str, Measured], path: Path) -> None:
-    """Add the fastest configurations to a file; the one that kernels read is `triton_launch.TUNED`."""
+    """Add the fastest configurations to a file; kernels read `triton_launch.TUNED`."""
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     stored |= {key: asdict(times[0][0]) for key, times in found.items() if times}
     text = json.dumps(dict(sorted(stored.items())), indent=1)
