@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -135,3 +137,47 @@ def test_blind_queries_of_a_band() -> None:
     )
     expected, _ = list_reference.forward(q, k, v, pattern.block_mask(16), 8**-0.5)
     assert torch.allclose(out, expected, 0, 1e-6)
+
+
+# --- text at one end of the sequence, without gradients: one operator writes both parts -----------
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+ONE_END = (
+    DiscPattern((5, 6), radius=3, prefix=5),
+    DiscPattern((5, 6), radius=3, suffix=4),
+    WindowPattern((3, 4, 5), 3, stride=(1, 2, 1), is_causal=(True, False, False), prefix=2),
+)
+
+
+@needs_triton
+@pytest.mark.parametrize("pattern", ONE_END, ids=lambda pattern: f"{type(pattern).__name__}")
+@torch.no_grad()
+def test_text_and_grid_are_written_side_by_side(pattern: DiscPattern | WindowPattern) -> None:
+    q, k, v = (torch.randn(2, pattern.tokens, 2, 16, device=DEVICE) for _ in range(3))
+    call = partial(pattern_attention, pattern=pattern, return_lse=True)
+    for found, expected in zip(
+        call(q, k, v, backend="triton"), call(q, k, v, backend="reference"), strict=True
+    ):
+        assert found.is_contiguous()
+        assert (found - expected).norm() <= 2e-6 * expected.norm()
+
+
+@needs_triton
+@torch.no_grad()
+def test_the_operator_that_writes_them_side_by_side() -> None:
+    from vistoken.kernels import sequence_operator
+    from vistoken.kernels.windows import flatten_window
+
+    pattern = ONE_END[0]
+    q, k, v = (torch.randn(2, pattern.tokens, 2, 16, device=DEVICE) for _ in range(3))
+    window = flatten_window(pattern.where)
+    torch.library.opcheck(
+        sequence_operator._attend, (q, k, v, window, 0.25, pattern.prefix, pattern.tokens)
+    )
+    compiled = torch.compile(
+        lambda *x: pattern_attention(*x, pattern, backend="triton"),
+        fullgraph=True, backend="aot_eager",
+    )  # fmt: skip
+    expected = pattern_attention(q, k, v, pattern, backend="reference")
+    assert (compiled(q, k, v) - expected).norm() <= 2e-6 * expected.norm()
