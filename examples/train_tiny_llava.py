@@ -70,6 +70,7 @@ class Recipe:
     seed: int = 0
     test_pictures: int = 1000
     workers: int = 0
+    log_seconds: float = 10.0  # between two lines of losses; 0: a line for every step
 
 
 REAL = Recipe()
@@ -84,6 +85,7 @@ SMOKE = Recipe(
     tower_rate=3e-3,
     text_rate=5e-3,
     test_pictures=3,
+    log_seconds=0.0,
 )
 
 
@@ -211,8 +213,8 @@ class Trainer:
                 self.waited += time.monotonic() - ready
                 losses = self.train_step(batch)
                 self.seconds = before + time.monotonic() - began
-                every = 10.0 if self.device.type == "cuda" else 2.0
-                if self.seconds - logged > every or self.progress() >= 1:
+                due = self.seconds - logged >= self.recipe.log_seconds
+                if due or self.progress() >= 1:
                     logged = self.seconds
                     self.log(losses)
                     bar.update(task, completed=self.progress())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ from vistoken.kernels.hopper_launch import (
 from vistoken.kernels.tiling import Tiling, choose_tiles
 from vistoken.kernels.windows import Window
 
+Pair = tuple[Tensor, Tensor]
+Maybe = tuple[Tensor | None, Tensor | None]
 COLUMNS = 64  # of a box: two products of it and the gradients of 64 rows fill the registers
 STAGES = 4
 
@@ -60,7 +64,7 @@ def backward(
         )
         global_delta = row_delta(d_global_out, global_out, d_global_lse)
     extra = (extra_k, extra_v) if extra_k is not None and extra_k.shape[1] else (None, None)
-    apart = global_q, d_global_out if global_q is not None else None
+    apart = (global_q, None if global_q is None else d_global_out)
     statistics = lse, delta, global_lse, global_delta
     d_q, _, d_global_q, _ = _run(
         (q, d_out), (k, v), apart, extra, statistics, window, scale, query_tiling, keys=False
@@ -73,8 +77,23 @@ def backward(
     return d_q, d_k, d_v, d_extra_k, d_extra_v, d_global_q
 
 
-def _run(rows, columns, global_rows, extras, statistics, window, scale, choose, *, keys):  # type: ignore[no-untyped-def]
-    """One pass: gradients of the rows and of those that see everything."""
+def _run(
+    rows: Pair,
+    columns: Pair,
+    global_rows: Maybe,
+    extras: Maybe,
+    statistics: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    window: Window,
+    scale: float,
+    choose: Callable[[Window, int], Tiling],
+    *,
+    keys: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a pass: of its rows, and of the rows that see everything.
+
+    rows: (q, d_out) or, with `keys`, (k, v); columns: the other two. Those apart from the grid are
+    `global_rows`, of which the gradients are wanted too, and `extras`, which every row sees.
+    """
     from vistoken.kernels.grid_hopper_backward_kernel import hopper_grid_gradients
 
     first, second = rows

@@ -194,7 +194,7 @@ def test_the_script_learns_saves_and_goes_on(tmp_path) -> None:
     assert "step    40" in done.stdout
     history = json.loads((tmp_path / "history.json").read_text())
     texts = [h["text"] for h in history if "text" in h]
-    assert texts[-1] < 0.75 * texts[0]
+    assert texts[-1] < 0.6 * texts[0]
     assert history[-1]["cls"] < history[0]["cls"]
     run("--steps", "42", "--resume")
     longer = json.loads((tmp_path / "history.json").read_text())
