@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,7 +87,7 @@ class Bench:
         measures: dict[str, Callable[[], Found]] = {
             "ours": lambda: self._forward(case, given),
             "backward": lambda: self._backward(case, given),
-            **{name: lambda name=name: self._rival(name, case, given) for name in RIVALS},  # type: ignore[misc]
+            **{name: partial(self._rival, name, case, given) for name in RIVALS},
         }
         for name in self.settings.backends:
             row[name] = _or_reason(measures[name])

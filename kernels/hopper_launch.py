@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,17 +39,17 @@ def processors(device: int | None) -> int:
     return torch.cuda.get_device_properties(device or 0).multi_processor_count
 
 
-def grid_descriptor(x: Tensor, box: tuple[int, int, int]):  # type: ignore[no-untyped-def]
+def grid_descriptor(x: Tensor, box: tuple[int, int, int]) -> Any:
     """Return a tensor descriptor over [B, T, H, W, heads * D] that loads one head's box."""
     return _descriptor(x, [1, *box, x.shape[-1]])
 
 
-def list_descriptor(x: Tensor | None, tokens: int):  # type: ignore[no-untyped-def]
+def list_descriptor(x: Tensor | None, tokens: int) -> Any:
     """Return a tensor descriptor over [B, N, heads * D] that loads one head's `tokens` tokens."""
     return None if x is None else _descriptor(x, [1, tokens, x.shape[-1]])
 
 
-def _descriptor(x: Tensor, block: list[int]):  # type: ignore[no-untyped-def]
+def _descriptor(x: Tensor, block: list[int]) -> Any:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     if not _addressable(x):
@@ -61,7 +62,7 @@ def _descriptor(x: Tensor, block: list[int]):  # type: ignore[no-untyped-def]
 
 
 @cache
-def _layout(block: tuple[int, ...], dtype: torch.dtype):  # type: ignore[no-untyped-def]
+def _layout(block: tuple[int, ...], dtype: torch.dtype) -> Any:
     """The layout in shared memory that the copy engine writes and wgmma reads."""
     from triton.experimental.gluon import language as gl
 

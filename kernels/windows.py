@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class Axis:
             lambda x: self.lo(x) > last
         )
 
-    def _first_with(self, holds) -> int:  # type: ignore[no-untyped-def]
+    def _first_with(self, holds: Callable[[int], bool]) -> int:
         """The first query at which a condition holds that stays true after it; length if none."""
         low, high = 0, self.length
         while low < high:
@@ -126,7 +127,7 @@ class Window:
         return seen.to(device)
 
 
-def _outer(left: Tensor, right: Tensor, combine) -> Tensor:  # type: ignore[no-untyped-def]
+def _outer(left: Tensor, right: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """[a, a] and [b, b] to [a*b, a*b], as a Kronecker product with another operation."""
     whole = combine(left[:, None, :, None], right[None, :, None, :])
     return whole.reshape(left.shape[0] * right.shape[0], -1)
@@ -217,7 +218,7 @@ def _lengths(grid: Sequence[int]) -> tuple[int, ...]:
     return tuple(index(length) for length in grid)
 
 
-def _per_axis(name: str, value, rank: int, kind: type):  # type: ignore[no-untyped-def]
+def _per_axis(name: str, value: Any, rank: int, kind: type) -> tuple[Any, ...]:
     """One entry per axis of `value`, which is one entry or a sequence of them."""
     entries = tuple(value) if isinstance(value, Sequence) else (value,) * rank
     wrong = [x for x in entries if not isinstance(x, kind) or (kind is int and x is True)]

@@ -8,7 +8,9 @@ import os
 import random
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 import torch
@@ -85,6 +87,64 @@ def test_the_search_for_spills_can_fail() -> None:
     step = ["HGMMA", "HGMMA", "WARPGROUP.DEPBAR", "LDL", "WARPGROUP.DEPBAR", "HGMMA"]
     assert spills_between_products(step) == ["LDL"]
     assert spills_between_products(["LDL", *(x for x in step if x != "LDL"), "STL"]) == []
+
+
+# --- who takes which tile, and what is refused: without a GPU -------------------------------------
+
+
+class OneProgram:
+    """What the kernels' scalar code asks of the language, for one program of a launch."""
+
+    def __init__(self, program: int, programs: int) -> None:
+        self.program_id = lambda axis: program
+        self.num_programs = lambda axis: programs
+        self.where = lambda condition, yes, no: yes if condition else no
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("programs", [1, 4, 7, 13])
+@pytest.mark.parametrize("global_tiles", [0, 1, 2])
+@pytest.mark.parametrize("rounds", [0, 1, 3, 50])
+def test_every_tile_is_taken_once(programs: int, global_tiles: int, rounds: int) -> None:
+    """The kernels' own schedule, with fewer and with more tiles of global queries than programs."""
+    from vistoken.kernels import hopper_boxes
+
+    planes, along = 5, (2, 3, 4)
+    n_global, per_head = planes * global_tiles, 2 * 3 * 4
+    if not n_global % programs:
+        rounds = 0  # as the host says where nobody has one more than the others
+    plan = (n_global + planes * per_head, n_global, per_head, max(global_tiles, 1), *along, rounds)
+    taken = []
+    for program in range(programs):
+        language = {"gl": OneProgram(program, programs)}
+        turn = FunctionType(hopper_boxes.tile_of_turn.fn.__code__, language)
+        decode = FunctionType(hopper_boxes.decode_tile.fn.__code__, language)
+        k = 0
+        while (index := turn(k, plan, n_global > 0)) < plan[0]:
+            is_global, plane, place, *at = decode(index, plan, n_global > 0)
+            taken.append((plane, "text", place) if is_global else (plane, *at))
+            k += 1
+    texts = {(plane, "text", i) for plane in range(planes) for i in range(global_tiles)}
+    grid = set(product(range(planes), *map(range, along)))
+    assert len(taken) == len(set(taken))
+    assert set(taken) == texts | grid
+
+
+def test_refusals_say_why() -> None:
+    from vistoken.kernels import grid_hopper, list_hopper
+
+    x = torch.randn(1, 1, 4, 4, 2, 64)
+    assert "GPU" in str(grid_hopper.why_not(x, x, x, disc_window((4, 4), 2), 0.1))
+    big = disc_window((1, 9000), 2)
+    assert "8192" in str(grid_hopper.why_not(x, x, x, big, 0.1))
+    q = torch.randn(1, 256, 2, 64)
+    on = torch.ones(2, 2, dtype=torch.bool)
+    mask = BlockMask.from_map(on, 256, 256, 128)
+    assert "GPU" in str(list_hopper.why_not(q, q, q, mask, 0.1))
+    counted = BlockMask.from_map(on, 256, 256, 128, lengths=torch.full((1, 2), 100))
+    assert "do not count" in str(list_hopper.why_not(q, q, q, counted, 0.1))
+    small = BlockMask.from_map(torch.ones(4, 4, dtype=torch.bool), 256, 256, 64)
+    assert "64 x 64" in str(list_hopper.why_not(q, q, q, small, 0.1))
 
 
 # --- numbers, on a GPU --------------------------------------------------------------------------
