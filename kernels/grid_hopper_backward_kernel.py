@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from vistoken.kernels.hopper_boxes import (
     columns_of,
+    corner_of,
     decode_tile,
     hide_unseen,
     next_box,
@@ -30,20 +31,6 @@ from vistoken.kernels.hopper_boxes import (
     windows_of,
 )
 from vistoken.kernels.hopper_tile import LOG2_E, advance, ring
-
-
-@gluon.jit
-def _corner(
-    is_global, place, tile_t, tile_h, tile_w, GROUP: gl.constexpr,
-    RBOX: gl.constexpr, HALF: gl.constexpr,
-):  # fmt: skip
-    """Where a warpgroup's half of a tile begins."""
-    t0 = gl.where(
-        is_global, place * 128 + GROUP * 64, tile_t * RBOX[0] + GROUP * (RBOX[0] - HALF[0])
-    )
-    h0 = tile_h * RBOX[1] + GROUP * (RBOX[1] - HALF[1])
-    w0 = tile_w * RBOX[2] + GROUP * (RBOX[2] - HALF[2])
-    return t0, h0, w0
 
 
 @gluon.jit
@@ -78,7 +65,7 @@ def _produce(
         mbarrier.wait(r_empty, r_phase)
         mbarrier.expect(r_full, 4 * 64 * D * 2)
         for half in gl.static_range(2):
-            t0, h0, w0 = _corner(is_global, place, tile_t, tile_h, tile_w, half, RBOX, HALF)
+            t0, h0, w0 = corner_of(is_global, place, tile_t, tile_h, tile_w, half, RBOX, HALF)
             if is_global:
                 if global1 is not None:
                     tma.async_copy_global_to_shared(
@@ -191,7 +178,7 @@ def _consume(
         lo_t, lo_h, hi_h, lo_w, hi_w, boxes = columns_of(
             tables, shape, plan, is_global, tile_t, tile_h, tile_w, CBOX
         )
-        t0, h0, w0 = _corner(is_global, place, tile_t, tile_h, tile_w, GROUP, RBOX, HALF)
+        t0, h0, w0 = corner_of(is_global, place, tile_t, tile_h, tile_w, GROUP, RBOX, HALF)
         windows, inner, corner, row_t, row_h, row_w = windows_of(
             tables, shape, is_global, t0, h0, w0, row, radius, HALF, DISC
         )

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from vistoken.kernels.hopper_boxes import (
     columns_of,
+    corner_of,
     decode_tile,
     hide_unseen,
     next_box,
@@ -38,9 +39,6 @@ def _produce(
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     T, H, W, heads, group = shape
     n_tiles = plan[0]
-    QT: gl.constexpr = QBOX[0]
-    QH: gl.constexpr = QBOX[1]
-    QW: gl.constexpr = QBOX[2]
     BLOCK: gl.constexpr = KBOX[0] * KBOX[1] * KBOX[2]
     n_extra = (N_EXTRA + BLOCK - 1) // BLOCK
     stage = 0
@@ -60,30 +58,20 @@ def _produce(
         )
         lo_h = h
         lo_w = w
-        t0 = gl.where(is_global, place * 128, tile_t * QT)
-        h0 = tile_h * QH
-        w0 = tile_w * QW
         mbarrier.wait(q_empty.index(q_stage), q_phase)
         mbarrier.expect(q_full.index(q_stage), 2 * 64 * D * 2)
-        if is_global:
-            if gq_desc is not None:
-                for half in gl.static_range(2):
+        for half in gl.static_range(2):
+            t0, h0, w0 = corner_of(is_global, place, tile_t, tile_h, tile_w, half, QBOX, HALF)
+            if is_global:
+                if gq_desc is not None:
                     tma.async_copy_global_to_shared(
-                        gq_desc, [batch, t0 + half * 64, head * D], q_full.index(q_stage),
+                        gq_desc, [batch, t0, head * D], q_full.index(q_stage),
                         q_smem.index(2 * q_stage + half).reshape([1, 64, D]),
                     )  # fmt: skip
-        else:
-            for half in gl.static_range(2):
+            else:
                 tma.async_copy_global_to_shared(
-                    q_desc,
-                    [
-                        batch,
-                        t0 + half * (QT - HALF[0]),
-                        h0 + half * (QH - HALF[1]),
-                        w0 + half * (QW - HALF[2]),
-                        head * D,
-                    ],
-                    q_full.index(q_stage), q_smem.index(2 * q_stage + half),
+                    q_desc, [batch, t0, h0, w0, head * D], q_full.index(q_stage),
+                    q_smem.index(2 * q_stage + half),
                 )  # fmt: skip
         q_stage, q_phase = advance(q_stage, q_phase, Q_STAGES)
         kv = head // group * D
@@ -133,9 +121,6 @@ def _consume(
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     T, H, W, heads, group = shape
     n_tiles = plan[0]
-    QT: gl.constexpr = QBOX[0]
-    QH: gl.constexpr = QBOX[1]
-    QW: gl.constexpr = QBOX[2]
     BLOCK: gl.constexpr = KBOX[0] * KBOX[1] * KBOX[2]
     dtype: gl.constexpr = q_desc.dtype
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -160,10 +145,7 @@ def _consume(
             tables, shape, plan, is_global, tile_t, tile_h, tile_w, KBOX
         )
         steps += n_extra
-        # this warpgroup's own queries
-        t0 = gl.where(is_global, place * 128 + GROUP * 64, tile_t * QT + GROUP * (QT - HALF[0]))
-        h0 = tile_h * QH + GROUP * (QH - HALF[1])
-        w0 = tile_w * QW + GROUP * (QW - HALF[2])
+        t0, h0, w0 = corner_of(is_global, place, tile_t, tile_h, tile_w, GROUP, QBOX, HALF)
         windows, inner, corner, q_t, q_h, q_w = windows_of(
             tables, shape, is_global, t0, h0, w0, row, radius, HALF, DISC
         )

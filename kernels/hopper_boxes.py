@@ -183,6 +183,20 @@ def _row_windows(tables, start, length, total, is_global, row):
 
 
 @gluon.jit
+def corner_of(
+    is_global, place, tile_t, tile_h, tile_w, GROUP: gl.constexpr,
+    RBOX: gl.constexpr, HALF: gl.constexpr,
+):  # fmt: skip
+    """Where a warpgroup's half of a tile begins."""
+    t0 = gl.where(
+        is_global, place * 128 + GROUP * 64, tile_t * RBOX[0] + GROUP * (RBOX[0] - HALF[0])
+    )
+    h0 = tile_h * RBOX[1] + GROUP * (RBOX[1] - HALF[1])
+    w0 = tile_w * RBOX[2] + GROUP * (RBOX[2] - HALF[2])
+    return t0, h0, w0
+
+
+@gluon.jit
 def windows_of(
     tables, shape, is_global, t0, h0, w0, row, radius, HALF: gl.constexpr, DISC: gl.constexpr
 ):
